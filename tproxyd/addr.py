@@ -1,0 +1,136 @@
+"""Addresses: one type per role, prefix sets, and the folding of v4-mapped ones.
+
+Peer, Client, OriginalDst, Upstream and Source are all (host, port); giving each its own name lets
+the type checker find the swap that no test would. An Endpoint is a plain tuple on purpose: the
+socket module takes it as it is, so nothing is converted on the way to bind() or connect().
+
+Hosts are canonical text (what getnameinfo prints), because that is what both the socket module
+and the access log want. `fold` is called exactly where foreign text or a dual-stack socket enters.
+Pure: no sockets here.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import NamedTuple, NewType
+
+IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
+IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+class Endpoint(NamedTuple):
+    """An IP address as canonical text and a TCP port."""
+
+    host: str
+    port: int
+
+    @property
+    def is_v6(self) -> bool:
+        return ":" in self.host
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+Peer = NewType("Peer", Endpoint)  # who really connected to us: the far end of the socket
+Client = NewType("Client", Endpoint)  # who it is on behalf of: the peer, or what its header says
+OriginalDst = NewType("OriginalDst", Endpoint)  # where the peer meant to go
+Upstream = NewType("Upstream", Endpoint)  # where we connect
+Source = NewType("Source", Endpoint)  # what the upstream sees as its peer
+
+
+@lru_cache(maxsize=4096)
+def parse_ip(host: str) -> IPAddress:
+    """The address that `host` spells, v4-mapped IPv6 folded to IPv4; ValueError if it is none.
+
+    Cached: on a busy listener the same few hosts come again and again. 4096 of them cost about
+    1 MiB. A zone ("fe80::1%eth0") is kept.
+    """
+    ip = ipaddress.ip_address(host)
+    if ip.version == 6 and ip.ipv4_mapped is not None:
+        return ip.ipv4_mapped
+    return ip
+
+
+def fold(host: str) -> str:
+    """Canonical text of `host` with ::ffff:a.b.c.d folded to a.b.c.d; ValueError if no address."""
+    return str(parse_ip(host))
+
+
+def parse_endpoint(text: str) -> Endpoint:
+    """ "127.0.0.1:80" or "[::1]:80" as an Endpoint; ValueError that says what is wrong."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise ValueError(f'"{text}" is not ADDRESS:PORT, for example "127.0.0.1:9133"')
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        raise ValueError(f'"{text}": write an IPv6 address in brackets, as in "[::1]:{port}"')
+    try:
+        return Endpoint(fold(host), int(port))
+    except ValueError:
+        raise ValueError(f'"{text}": "{host}" is not an IP address') from None
+
+
+class PrefixSet:
+    """A set of IP prefixes that answers whether an address is in it. Immutable and hashable.
+
+    An empty set contains nothing: what is not listed is not trusted. The prefixes are collapsed,
+    so two sets that cover the same addresses are equal.
+    """
+
+    __slots__ = ("networks",)
+
+    def __init__(self, networks: Iterable[IPNetwork] = ()) -> None:
+        v4: list[ipaddress.IPv4Network] = []
+        v6: list[ipaddress.IPv6Network] = []
+        for network in networks:
+            if isinstance(network, ipaddress.IPv4Network):
+                v4.append(network)
+            else:
+                v6.append(network)
+        self.networks: tuple[IPNetwork, ...] = (
+            *ipaddress.collapse_addresses(v4),
+            *ipaddress.collapse_addresses(v6),
+        )
+
+    def __contains__(self, host: str) -> bool:
+        ip = parse_ip(host)
+        return any(ip in network for network in self.networks if network.version == ip.version)
+
+    def of_version(self, version: int) -> tuple[str, ...]:
+        """The prefixes of IP version 4 or 6, as text, sorted by address."""
+        return tuple(str(n) for n in self.networks if n.version == version)
+
+    def __bool__(self) -> bool:
+        return bool(self.networks)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PrefixSet) and self.networks == other.networks
+
+    def __hash__(self) -> int:
+        return hash(self.networks)
+
+    def __repr__(self) -> str:
+        return f"PrefixSet({', '.join(map(str, self.networks)) or 'empty'})"
+
+
+def parse_prefix(text: str) -> IPNetwork:
+    """ "10.0.0.0/8", "fd00::/8" or a bare address; ValueError that says what is wrong.
+
+    A v4-mapped prefix (::ffff:10.0.0.0/104) is folded: addresses are, so it would never match.
+    """
+    try:
+        network = ipaddress.ip_network(text)
+    except ValueError:
+        try:
+            loose = ipaddress.ip_network(text, strict=False)
+        except ValueError:
+            raise ValueError(f'"{text}" is not an IP prefix, for example "10.0.0.0/8"') from None
+        raise ValueError(f'"{text}" has bits set behind its length; meant "{loose}"?') from None
+    mapped = network.network_address.ipv4_mapped if network.version == 6 else None
+    if mapped is not None and network.prefixlen >= 96:
+        return ipaddress.IPv4Network((mapped, network.prefixlen - 96))
+    return network
