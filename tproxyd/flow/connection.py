@@ -1,0 +1,154 @@
+"""The life of a connection, in walking order. Start reading here.
+
+`serve` is a generator: it yields what it waits for and is resumed by the engine (stream.py says
+how), so the story stays straight, and a test drives it without sockets. Whatever happens on the
+way, it ends in exactly one record with exactly one close reason.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from tproxyd.addr import Peer
+from tproxyd.config import HeaderPolicy, Listener
+from tproxyd.errors import CloseReason, PeerError, UpstreamError
+from tproxyd.flow.connect import Dialled, Network, dial
+from tproxyd.flow.origdst import original_destination
+from tproxyd.flow.policy import Plan, Refusal, plan_for
+from tproxyd.flow.proxyproto import NEED_MORE, NOT_PROXY, Header, parse
+from tproxyd.flow.record import Record
+from tproxyd.flow.relay import Limits, Outcome, Relay, receive
+from tproxyd.flow.stream import Step, Stream, Wait
+from tproxyd.flow.tally import HeaderResult
+
+
+class World(Network, Protocol):
+    """All that a connection touches beyond its own sockets: the worker, or a test's stand-in."""
+
+    view: memoryview  # the receive buffer, shared: what it holds is good until the next wait
+
+    def opened(self, lane: Lane) -> bool: ...
+    def kind_of(self, host: str) -> str: ...
+    def count_header(self, version: str, result: HeaderResult) -> None: ...
+    def count_fallback(self, cause: str) -> None: ...
+    def connected(self, seconds: float) -> None: ...
+    def ended(
+        self, lane: Lane, life: Record, downstream: Stream, upstream: Stream | None, aborted: bool
+    ) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """A listener as its connections need it: its configuration, made ready once per worker."""
+
+    listener: Listener
+    expectation: Callable[[str], HeaderPolicy | None]  # policy.trust()
+    own_ports: frozenset[int]
+    limits: Limits
+    index: int = 0
+
+
+def serve(downstream: Stream, peer: Peer, lane: Lane, world: World) -> Generator[Any, Any, None]:
+    """From the accepted socket to its record. Both sockets are closed at the end."""
+    listener = lane.listener
+    life = Record(listener.name, peer, world.now(), time.time())
+    upstream: Dialled | None = None
+    aborted = True  # unless both sides finish in order, both are told so by RST
+    try:
+        if not world.opened(lane):
+            raise PeerError(CloseReason.OVERLOAD, f"max_connections = {listener.max_connections}")
+        life.dst = original_destination(downstream)
+        expected = lane.expectation(peer.host)
+        life.header, early = yield from read_header(downstream, expected, listener, world)
+        plan = plan_for(peer, life.dst, life.header, listener.source, lane.own_ports, world.kind_of)
+        plan = agreed(plan, life, world)
+        upstream = yield from connect(plan, listener.connect_timeout_s, life, world)
+        moved: Outcome = yield Relay(downstream, upstream.stream, early, lane.limits)
+        life.reason, life.detail, life.received, life.sent, aborted = moved
+    except (PeerError, UpstreamError) as failure:
+        life.reason, life.detail = failure.reason, failure.detail
+    except OSError as error:
+        life.reason, life.detail = CloseReason.INTERNAL, str(error)
+    finally:
+        world.ended(lane, life, downstream, upstream.stream if upstream else None, aborted)
+
+
+def read_header(
+    downstream: Stream, expected: HeaderPolicy | None, listener: Listener, world: World
+) -> Step[tuple[Header | None, bytes]]:
+    """The PROXY header, if one is to be there, and the payload that came along with it.
+
+    Never more than max_header_bytes are asked for at once, and nothing is asked for behind the
+    header, so that is also the most that `early` can hold. Raises PeerError.
+    """
+    if expected is None:
+        return None, b""
+    deadline = world.now() + listener.header_timeout_s
+    got = bytearray()
+    while True:
+        try:
+            n = receive(downstream, world.view, listener.max_header_bytes)
+        except OSError as error:
+            raise PeerError(CloseReason.DOWNSTREAM_RESET, error.strerror or "") from None
+        if n is None:
+            if (yield Wait(downstream, deadline)) or world.now() < deadline:
+                continue
+            if not got and expected is not HeaderPolicy.REQUIRE:
+                # It waits for the application to speak first, as SMTP and SSH clients do.
+                world.count_header("-", HeaderResult.ABSENT)
+                return None, b""
+            world.count_header("-", HeaderResult.TIMEOUT)
+            raise PeerError(
+                CloseReason.HEADER_TIMEOUT,
+                f"{len(got)} bytes, no whole header, in {listener.header_timeout_s:g} s",
+            )
+        got += world.view[:n]
+        try:
+            header = parse(got, listener.max_header_bytes)
+        except PeerError:
+            world.count_header("1" if got[:1] == b"P" else "2", HeaderResult.INVALID)
+            raise
+        if n == 0 and header is NEED_MORE:
+            if len(got) >= 12 or got[:6] == b"PROXY ":  # signed, and cut off
+                world.count_header("1" if got[:1] == b"P" else "2", HeaderResult.INVALID)
+                raise PeerError(CloseReason.HEADER_INVALID, f"it ends after {len(got)} bytes")
+            header = NOT_PROXY
+        if header is NEED_MORE:
+            continue
+        if isinstance(header, Header):
+            if expected is HeaderPolicy.REJECT:
+                world.count_header(str(header.version), HeaderResult.REJECTED)
+                raise PeerError(CloseReason.HEADER_REJECTED, "this peer may not send one")
+            return header, bytes(got[header.size :])
+        if expected is HeaderPolicy.REQUIRE:
+            world.count_header("-", HeaderResult.MISSING)
+            what = f"{len(got)} bytes of payload came" if got else "it closed without a byte"
+            raise PeerError(CloseReason.HEADER_MISSING, f"a PROXY header is required: {what}")
+        world.count_header("-", HeaderResult.ABSENT)
+        return None, bytes(got)
+
+
+def agreed(plan: Plan | Refusal, life: Record, world: World) -> Plan:
+    """The plan, written down; a refusal is raised as PeerError."""
+    refused = isinstance(plan, Refusal)
+    if life.header is not None:
+        named = HeaderResult.LOCAL if life.header.source is None else HeaderResult.ACCEPTED
+        world.count_header(str(life.header.version), HeaderResult.REFUSED if refused else named)
+    if isinstance(plan, Refusal):
+        raise PeerError(plan.reason, plan.detail)
+    life.client, life.upstream, life.fallback = plan.client, plan.upstream, plan.fallback
+    if plan.fallback:
+        world.count_fallback(plan.fallback)
+    return plan
+
+
+def connect(plan: Plan, timeout_s: float, life: Record, world: World) -> Step[Dialled]:
+    """The upstream, connected as planned, and how long that took."""
+    began = world.now()
+    upstream = yield from dial(plan, timeout_s, world)
+    world.connected(world.now() - began)
+    life.source = upstream.source
+    return upstream

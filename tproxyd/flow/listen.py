@@ -1,0 +1,121 @@
+"""The listening sockets of a worker slot, and accepting from them.
+
+One socket per slot, listener and family. They share their port by SO_REUSEPORT and belong to the
+supervisor: closing such a socket loses what waits in its accept queue (net.ipv4.tcp_migrate_req is
+0), so a worker only borrows it, and the next one on the slot serves what the last one left.
+
+What is set on a listener is inherited by what it accepts and costs nothing per connection
+(inet_csk_clone_lock copies the socket): IP_TRANSPARENT, the mark, TCP_NODELAY, keep-alive.
+
+IPv4 and IPv6 have sockets of their own (IPV6_V6ONLY), so families never mix on the wire and a
+machine without IPv6 just has one socket less.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from typing import Any
+
+from tproxyd.addr import Endpoint, Peer, fold
+from tproxyd.config import Config, Listener
+from tproxyd.errors import KernelError
+from tproxyd.linux import IP_TRANSPARENT, IPV6_TRANSPARENT, SO_MARK
+
+# What a burst may queue while the worker is busy; the kernel clamps it to net.core.somaxconn
+# (4096 by default since Linux 5.4).
+BACKLOG = 4096
+# Seconds of silence before the kernel asks whether the client is still there. Below the 350 s of
+# cloud balancers and the usual NAT time-outs, so that a quiet connection keeps its entry there.
+KEEPALIVE_IDLE_S = 300
+
+
+def open_listeners(config: Config) -> list[tuple[int, socket.socket]]:
+    """(index of the listener in config, listening socket) for one slot, IPv4 first.
+
+    IPv6 is left out where the machine has none. Raises KernelError that says what to try.
+    """
+    opened: list[tuple[int, socket.socket]] = []
+    families = [socket.AF_INET, *([socket.AF_INET6] if has_ipv6() else [])]
+    try:
+        for i, listener in enumerate(config.listeners):
+            for family in families:
+                opened.append((i, _open(listener, family, config.listener_mark)))  # noqa: PERF401
+    except BaseException:
+        for _, sock in opened:
+            sock.close()
+        raise
+    return opened
+
+
+def has_ipv6() -> bool:
+    """Whether an IPv6 socket can be made and bound here (ipv6.disable=1 and its kin say no)."""
+    try:
+        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+def _open(listener: Listener, family: socket.AddressFamily, mark: int) -> socket.socket:
+    any_host = "::" if family == socket.AF_INET6 else "0.0.0.0"
+    where = Endpoint(any_host, listener.port)
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.setsockopt(socket.IPPROTO_IPV6, IPV6_TRANSPARENT, 1)
+        else:
+            sock.setsockopt(socket.IPPROTO_IP, IP_TRANSPARENT, 1)
+        sock.setsockopt(socket.SOL_SOCKET, SO_MARK, mark)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.bind(where)
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        action = f'listen on {where} for the listener "{listener.name}"'
+        raise KernelError(action, error.strerror or str(error), _hint(error, listener)) from error
+    return sock
+
+
+def _hint(error: OSError, listener: Listener) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"see who has it: ss -ltnp sport = :{listener.port}"
+    if error.errno in (errno.EPERM, errno.EACCES):
+        low = " and CAP_NET_BIND_SERVICE" if listener.port < 1024 else ""
+        return (
+            f"a transparent socket needs CAP_NET_RAW{low}: run as root, or with "
+            f"AmbientCapabilities= (SO_MARK by CAP_NET_RAW alone needs Linux 5.17)"
+        )
+    return "see tproxyd doctor"
+
+
+def endpoint(address: Any) -> Endpoint:  # noqa: ANN401 - what the socket module returns
+    """A socket address as an Endpoint, v4-mapped folded: the one place where that is done.
+
+    A link-local IPv6 address keeps its zone, without which it means nothing.
+    """
+    host: str = address[0]
+    if ":" in host:
+        if host.startswith("::ffff:"):
+            host = fold(host)
+        elif address[3]:
+            host = f"{host}%{address[3]}"
+    return Endpoint(host, address[1])
+
+
+def accept(listener: socket.socket) -> tuple[socket.SocketType, Peer]:
+    """The next waiting connection. Raises BlockingIOError when there is none, OSError otherwise.
+
+    Not socket.accept(): that makes two Python objects and asks for a time-out twice. The file
+    descriptor stays in blocking mode (accept4 is called without SOCK_NONBLOCK by CPython, and an
+    ioctl to change it would cost 0.3 µs); every call on it carries MSG_DONTWAIT instead.
+    """
+    fd, address = listener._accept()  # type: ignore[attr-defined]
+    kind = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
+    return socket.SocketType(listener.family, kind, 0, fd), Peer(endpoint(address))

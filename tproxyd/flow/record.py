@@ -1,0 +1,218 @@
+"""What is known of a connection when it is over: one access-log line, and its counts.
+
+JSON lines use the field names of Envoy's access log, so that pipelines people have keep working;
+close_reason, proxy_protocol, rtt_us and retransmits are ours. Every connection ends in exactly one
+call of `finish`, with exactly one CloseReason, on every path.
+
+A line is one expression, not a logging call: formatting through logging costs more than accept,
+connect and relay together.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import stat
+import time
+from collections import deque
+from collections.abc import Callable
+from functools import lru_cache
+
+from tproxyd.addr import Client, OriginalDst, Peer, Source, Upstream
+from tproxyd.config import LogFormat
+from tproxyd.errors import CloseReason
+from tproxyd.flow.proxyproto import Header, describe
+
+# Envoy's %RESPONSE_FLAGS% for each of our ends: UF upstream connection failure, UC upstream
+# connection termination, DC downstream connection termination, UO upstream overflow, DPE downstream
+# protocol error, UAEX unauthorized, SI stream idle timeout, LR local reset, NC no cluster found.
+_FLAGS = {
+    CloseReason.DOWNSTREAM_FIN: "-",
+    CloseReason.UPSTREAM_FIN: "-",
+    CloseReason.DOWNSTREAM_RESET: "DC",
+    CloseReason.UPSTREAM_RESET: "UC",
+    CloseReason.IDLE_TIMEOUT: "SI",
+    CloseReason.HALF_CLOSE_TIMEOUT: "SI",
+    CloseReason.HEADER_TIMEOUT: "DPE",
+    CloseReason.HEADER_MISSING: "DPE",
+    CloseReason.HEADER_INVALID: "DPE",
+    CloseReason.HEADER_REJECTED: "UAEX",
+    CloseReason.CLIENT_REFUSED: "UAEX",
+    CloseReason.LOOP: "NC",
+    CloseReason.OVERLOAD: "UO",
+    CloseReason.UPSTREAM_REFUSED: "UF",
+    CloseReason.UPSTREAM_UNREACHABLE: "UF",
+    CloseReason.UPSTREAM_TIMEOUT: "UF",
+    CloseReason.NO_SOURCE_PORT: "UF",
+    CloseReason.DRAIN_TIMEOUT: "LR",
+    CloseReason.INTERNAL: "LR",
+}
+assert _FLAGS.keys() == set(CloseReason)
+
+
+class Record:
+    """One connection, as far as it is known. Filled in by the walk, line by line."""
+
+    __slots__ = (
+        "client",
+        "detail",
+        "dst",
+        "fallback",
+        "header",
+        "listener",
+        "peer",
+        "reason",
+        "received",
+        "retransmits",
+        "rtt_us",
+        "sent",
+        "source",
+        "started",
+        "upstream",
+        "wall",
+    )
+
+    def __init__(self, listener: str, peer: Peer, started: float, wall: float) -> None:
+        self.listener = listener
+        self.peer = peer
+        self.started = started  # monotonic seconds
+        self.wall = wall  # seconds since the epoch
+        self.client: Client | None = None
+        self.dst: OriginalDst | None = None
+        self.upstream: Upstream | None = None
+        self.source: Source | None = None
+        self.header: Header | None = None
+        self.fallback = ""
+        self.received = 0
+        self.sent = 0
+        self.rtt_us = 0
+        self.retransmits = 0
+        self.reason = CloseReason.INTERNAL
+        self.detail = ""
+
+    def json(self, now: float) -> str:
+        detail = json.dumps(self.detail) if self.detail else "null"
+        header = json.dumps(describe(self.header)) if self.header is not None else "null"
+        dst = self.dst
+        cluster = f'"{self.listener}|{dst.port}||"' if dst is not None else "null"
+        return (
+            f'{{"start_time":"{timestamp(self.wall)}",'
+            f'"duration":{(now - self.started) * 1000:.0f},'
+            f'"listener":"{self.listener}",'
+            f'"close_reason":"{self.reason._value_}",'
+            f'"response_flags":"{_FLAGS[self.reason]}",'
+            f'"connection_termination_details":{detail},'
+            f'"bytes_received":{self.received},"bytes_sent":{self.sent},'
+            f'"downstream_remote_address":"{self.client or self.peer}",'
+            f'"downstream_direct_remote_address":"{self.peer}",'
+            f'"downstream_local_address":{_quoted(dst)},'
+            f'"upstream_local_address":{_quoted(self.source)},'
+            f'"upstream_host":{_quoted(self.upstream)},'
+            f'"upstream_cluster":{cluster},'
+            f'"proxy_protocol":{header},'
+            f'"source_fallback":{_quoted(self.fallback or None)},'
+            f'"rtt_us":{self.rtt_us},"retransmits":{self.retransmits}}}\n'
+        )
+
+    def text(self, now: float) -> str:
+        named = self.header is not None and self.header.source is not None
+        via = f" via {self.peer}" if named else ""
+        as_whom = f" as {self.source}" if self.source else ""
+        why = f" ({self.detail})" if self.detail else ""
+        return (
+            f"{timestamp(self.wall)} {self.listener} {self.client or self.peer}{via}"
+            f" -> {self.upstream or self.dst or '?'}{as_whom}"
+            f" {self.reason._value_}{why} {(now - self.started) * 1000:.0f}ms"
+            f" {self.received}B up {self.sent}B down rtt {self.rtt_us}us\n"
+        )
+
+
+def formatter(kind: LogFormat) -> Callable[[Record, float], str]:
+    return Record.json if kind is LogFormat.JSON else Record.text
+
+
+def _quoted(value: object | None) -> str:
+    return "null" if value is None else f'"{value}"'
+
+
+def timestamp(wall: float) -> str:
+    """2026-01-31T23:59:59.123Z, as Envoy's %START_TIME% prints it."""
+    second = int(wall)
+    return f"{_second(second)}.{int((wall - second) * 1000):03d}Z"
+
+
+@lru_cache(maxsize=8)
+def _second(second: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+
+
+# Lines wait this long for company at the most; one write for many lines costs one system call.
+FLUSH_AFTER_S = 0.05
+_FLUSH_SIZE = 64 * 1024
+# What may wait while a pipe's reader is slow: some ten thousand lines. Then lines are dropped and
+# counted; traffic goes on.
+_KEEP_SIZE = 8 * 1024 * 1024
+
+
+class LineWriter:
+    """Lines of several workers into one file, whole, in batches, without ever blocking a worker.
+
+    A regular file is opened with O_APPEND: one write is one piece. A pipe or terminal takes pieces
+    up to PIPE_BUF atomically, and one that poll() calls writable takes such a piece without
+    blocking. (O_NONBLOCK would say the same, but belongs to the open file, which on stdout we share
+    with strangers.)
+    """
+
+    def __init__(
+        self,
+        fd: int,
+        later: Callable[[float, Callable[[], None]], object],
+        dropped: Callable[[int], None],
+    ) -> None:
+        self._fd, self._later, self._dropped = fd, later, dropped
+        self._lines: deque[bytes] = deque()
+        self._size = 0
+        self._scheduled = False
+        # Longest piece written at once. A line longer than PIPE_BUF (tens of TLVs) goes alone.
+        regular = stat.S_ISREG(os.fstat(fd).st_mode)
+        self._piece_size = _FLUSH_SIZE if regular else select.PIPE_BUF
+        self._poll = select.poll()
+        self._poll.register(fd, select.POLLOUT)
+
+    def write(self, line: str) -> None:
+        if self._size >= _KEEP_SIZE:
+            self._dropped(1)
+            return
+        data = line.encode()
+        self._lines.append(data)
+        self._size += len(data)
+        if self._size >= _FLUSH_SIZE:
+            self.flush()
+        elif not self._scheduled:
+            self._scheduled = True
+            self._later(FLUSH_AFTER_S, self._on_time)
+
+    def _on_time(self) -> None:
+        self._scheduled = False
+        self.flush()
+        if self._lines:  # the reader is slow: come back
+            self._scheduled = True
+            self._later(FLUSH_AFTER_S, self._on_time)
+
+    def flush(self) -> None:
+        """Write what can be written now; lines that the file refuses are dropped and counted."""
+        while self._lines and self._poll.poll(0):
+            piece = [self._lines.popleft()]
+            size = len(piece[0])
+            while self._lines and size + len(self._lines[0]) <= self._piece_size:
+                piece.append(self._lines.popleft())
+                size += len(piece[-1])
+            self._size -= size
+            try:
+                whole = os.write(self._fd, b"".join(piece)) == size
+            except OSError:  # ENOSPC, EPIPE: losing lines is better than losing connections
+                self._dropped(len(piece))
+            else:
+                if not whole:
+                    self._dropped(1)
