@@ -18,7 +18,14 @@ from tproxyd.errors import CloseReason, PeerError, UpstreamError
 from tproxyd.flow.connect import Dialled, Network, dial
 from tproxyd.flow.origdst import original_destination
 from tproxyd.flow.policy import Plan, Refusal, plan_for
-from tproxyd.flow.proxyproto import NEED_MORE, NOT_PROXY, Header, parse
+from tproxyd.flow.proxyproto import (
+    NEED_MORE,
+    NOT_PROXY,
+    V1_SIGNATURE,
+    V2_SIGNATURE,
+    Header,
+    parse,
+)
 from tproxyd.flow.record import Record
 from tproxyd.flow.relay import Limits, Outcome, Relay, receive
 from tproxyd.flow.stream import Step, Stream, Wait
@@ -112,7 +119,7 @@ def read_header(
             world.count_header("1" if got[:1] == b"P" else "2", HeaderResult.INVALID)
             raise
         if n == 0 and header is NEED_MORE:
-            if len(got) >= 12 or got[:6] == b"PROXY ":  # signed, and cut off
+            if got.startswith((V1_SIGNATURE, V2_SIGNATURE)):  # signed, and cut off
                 world.count_header("1" if got[:1] == b"P" else "2", HeaderResult.INVALID)
                 raise PeerError(CloseReason.HEADER_INVALID, f"it ends after {len(got)} bytes")
             header = NOT_PROXY

@@ -29,9 +29,9 @@ Where the specification leaves the choice:
 - AF_UNIX has a defined shape and is checked like the others; its paths mean nothing here.
 - Datagram transports are read like stream ones: whoever relays UDP over our TCP knows why.
 
-Measured on one core of a small virtual machine, Python 3.11: v1 TCP4 3.6 µs, v1 TCP6 3.2 and v2 TCP6
-2.6 with hosts seen before, v2 TCP4 2.9, a first look at payload 0.5; making the frozen Header is 0.7
-of each. Pure.
+Measured on one core of a small virtual machine, Python 3.11: v1 TCP4 3.3 µs, v2 TCP4 2.7, v1 TCP6
+2.9 and v2 TCP6 2.4 with hosts seen before, a first look at payload 0.4. Making the frozen Header is
+0.7 of each. Pure.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def _ip6(text: str) -> str:
 
 def _port(text: str) -> int:
     """ "Heading zeroes are not permitted" (2.1), nor is a sign or a space."""
-    if text.isdecimal() and len(text) <= 5 and (text[0] != "0" or text == "0"):
+    if text.isdecimal() and (text[0] != "0" or text == "0"):
         port = int(text)
         if port <= 0xFFFF:
             return port
@@ -304,9 +304,12 @@ def encode_v1(source: Endpoint | None, destination: Endpoint | None) -> bytes:
     """The line for these endpoints; UNKNOWN without. Addresses of two families become TCP6."""
     if source is None or destination is None:
         return b"PROXY UNKNOWN\r\n"
-    here, there = _one_family(source, destination)
-    family = "TCP4" if here.version == 4 else "TCP6"
-    return f"PROXY {family} {here} {there} {source.port} {destination.port}\r\n".encode("ascii")
+    here, there = _address(source), _address(destination)
+    if here.version == there.version == 4:
+        addresses = f"TCP4 {here} {there}"
+    else:
+        addresses = f"TCP6 {_text6(here)} {_text6(there)}"
+    return f"PROXY {addresses} {source.port} {destination.port}\r\n".encode("ascii")
 
 
 def encode_v2(
@@ -328,11 +331,13 @@ def encode_v2(
         # "it should not present any address"; TLVs may follow.
         ver_cmd, fam, block = _VERSION_2 | _LOCAL, 0, b""
     else:
-        here, there = _one_family(source, destination)
+        here, there = _address(source), _address(destination)
         ver_cmd = _VERSION_2 | _PROXY
-        fam = (_INET if here.version == 4 else _INET6) << 4 | _STREAM
-        ports = struct.pack(">HH", source.port, destination.port)
-        block = here.packed + there.packed + ports
+        if here.version == there.version == 4:
+            fam, block = _INET << 4 | _STREAM, here.packed + there.packed
+        else:
+            fam, block = _INET6 << 4 | _STREAM, _packed6(here) + _packed6(there)
+        block += struct.pack(">HH", source.port, destination.port)
     options = tlv.encode(tlvs)
     if crc32c:
         options += tlv.encode([Tlv(tlv.CRC32C, bytes(4))])
@@ -344,19 +349,19 @@ def encode_v2(
     return tlv.seal(header) if crc32c else header
 
 
-def _one_family(source: Endpoint, destination: Endpoint) -> tuple[IPAddress, IPAddress]:
-    """Both addresses in one family, IPv4 ones mapped into IPv6 where they differ, zones dropped.
-
-    A zone names an interface of this host and means nothing to the receiver.
-    """
-    for port in (source.port, destination.port):
-        if not 0 <= port <= 0xFFFF:
-            raise Malformed(f"port {port} does not fit 16 bits")
-    here, there = (parse_ip(end.host.partition("%")[0]) for end in (source, destination))
-    if here.version == there.version:
-        return here, there
-    return _mapped(here), _mapped(there)
+def _address(end: Endpoint) -> IPAddress:
+    """Its address, v4-mapped folded, without a zone: that is the name of one of our interfaces."""
+    if not 0 <= end.port <= 0xFFFF:
+        raise Malformed(f"port {end.port} does not fit 16 bits")
+    return parse_ip(end.host.partition("%")[0])
 
 
-def _mapped(ip: IPAddress) -> IPAddress:
-    return ip if ip.version == 6 else IPv6Address(f"::ffff:{ip}")
+def _packed6(ip: IPAddress) -> bytes:
+    return ip.packed if ip.version == 6 else bytes(10) + b"\xff\xff" + ip.packed
+
+
+def _text6(ip: IPAddress) -> str:
+    """In hexadecimal even where it is v4-mapped: 2.1 knows no dots in an IPv6 address."""
+    if ip.version == 6:
+        return str(ip)
+    return f"::ffff:{ip.packed[:2].hex()}:{ip.packed[2:].hex()}"
