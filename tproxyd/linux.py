@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import socket
 import struct
@@ -98,6 +99,20 @@ def name_process(name: str) -> None:
     _check(_libc.prctl(_PR_SET_NAME, name.encode()[:15] + b"\0", 0, 0, 0), "prctl(NAME)")
 
 
+# Interfaces ------------------------------------------------------------------------------------
+
+_SIOCGIFFLAGS = 0x8913  # include/uapi/linux/sockios.h
+_IFF_UP = 1  # include/uapi/linux/if.h
+
+
+def interface_is_up(name: str) -> bool:
+    """Whether an interface of this network namespace is up (/sys may show another one)."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        request = struct.pack("16s16x", name.encode())
+        answer = fcntl.ioctl(sock.fileno(), _SIOCGIFFLAGS, request)
+    return bool(struct.unpack_from("=H", answer, 16)[0] & _IFF_UP)
+
+
 # Sockets ---------------------------------------------------------------------------------------
 
 
@@ -177,6 +192,9 @@ class TupleLookup:
                 return 0
             raise OSError(code, f"sock_diag: {os.strerror(code)}")
         return reply[17]  # idiag_state
+
+    def close(self) -> None:
+        self._sock.close()
 
 
 def _packed(family: int, host: str) -> bytes:

@@ -19,12 +19,13 @@ What we do:
   the tuple of the other, and the other's SYN could not be received at all.
 - A collision is left for a client that uses p and q at once, a NAT in front. If p comes first, the
   application's socket holds (P:80, C:q), and no software can give that tuple to a second one: the
-  SYN from q is answered with RST, so that the client can take another port (kernel/desired.py). If q
-  comes first, we take another port for p. The kernel sees it for us: the rule called collision guard (kernel/desired.py) drops a SYN of ours that would meet a
-  transparent connection, before it can do harm. A local connect is complete when connect returns,
-  the whole handshake runs inside it; one that is not gets looked up (linux.TupleLookup), and where
-  the tuple is held by another connection the next port is tried. It costs nothing when nothing
-  collides, and sees connections of other workers and such as still wait in an accept queue.
+  SYN from q is answered with RST, so that the client can take another port (kernel/desired.py).
+  If q comes first, we take another port for p. The kernel sees it for us: the rule called collision
+  guard (kernel/desired.py) drops a SYN of ours that would meet a transparent connection, before it
+  can do harm. A local connect is complete when connect returns, the whole handshake runs inside it;
+  one that is not gets looked up (linux.TupleLookup), and where the tuple is held by another
+  connection the next port is tried. It costs nothing when nothing collides, and sees connections of
+  other workers and such as still wait in an accept queue.
 - EADDRINUSE (a listener on *:q) and EADDRNOTAVAIL (the tuple is in TIME_WAIT) happen: then other
   ports, at last the kernel's own choice. Each cause is counted.
 - An explicit port needs SO_REUSEADDR, because of TIME_WAIT, and does not go together with
@@ -88,7 +89,7 @@ class Network(Protocol):
 
 
 def rotate(port: int) -> int:
-    """The source port for a client's port: a bijection of 1024..65535. A port below maps into it."""
+    """The source port for a client's port: a bijection of 1024..65535; one below maps into it."""
     return _LOWEST + (port - _LOWEST + _SHIFT) % _PORTS
 
 
@@ -168,24 +169,28 @@ def _unfinished(
     stream: Stream, plan: Plan, source: Source | None, deadline: float, network: Network
 ) -> Step[int]:
     """Wait for a connect in progress; its errno, 0 for success, EEXIST for a held tuple."""
-    looks = 2 if source is not None else 0
+    # Times, not a count: a spurious event, say the client's, must not use up the second look.
+    now = network.now()
+    looks = [] if source is None else [now, now + _SECOND_LOOK_S]
     while True:
-        if looks:
-            looks -= 1
+        if looks and now >= looks[0]:
+            del looks[0]
             if _held(stream, plan, network):
-                return errno.EEXIST
-        now = network.now()
-        until = min(deadline, now + _SECOND_LOOK_S) if looks else deadline
-        yield Wait(stream, until)
+                # Ours after all, if the handshake ended after connect: we are connected before
+                # the application's side is, so then connect knows.
+                code = stream.connect_ex(plan.upstream)
+                return errno.EEXIST if code == errno.EALREADY else code
+        yield Wait(stream, min(deadline, *looks) if looks else deadline)
         code = stream.connect_ex(plan.upstream)
         if code != errno.EALREADY:
             return code
-        if network.now() >= deadline:
+        now = network.now()
+        if now >= deadline:
             return errno.ETIMEDOUT
 
 
 def _held(stream: Stream, plan: Plan, network: Network) -> bool:
-    """Whether another connection of this host holds the tuple that our SYN was sent to.
+    """Whether a connection of this host holds the tuple that our SYN was sent to.
 
     A listener is where the SYN belongs. One in its handshake may be our own, seen from the other
     side; if it is not, the second look finds it established.
@@ -255,3 +260,6 @@ class Sockets:
 
     def tuple_state(self, local: Endpoint, remote: Endpoint) -> int:
         return self._lookup.state(local, remote)
+
+    def finish(self) -> None:
+        self._lookup.close()

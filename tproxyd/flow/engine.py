@@ -30,9 +30,10 @@ from tproxyd.errors import CloseReason, PeerError
 from tproxyd.flow.relay import BUFFER_SIZE, Outcome, Relay
 from tproxyd.flow.stream import Stream, Wait
 
+# HUP and ERR always come. PRI: a recv stops at an urgent byte, though more lies behind it.
 _EVERYTHING = (
-    select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
-)  # HUP and ERR always come
+    select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLPRI | select.EPOLLET
+)
 _BATCH = 256  # events per drain: uvloop's other descriptors get their turn in between
 _TICK_S = 0.05  # how late a deadline may fall due; a second for those of half a minute and more
 _COARSE_TICKS = 20
@@ -62,6 +63,7 @@ class Engine:
         self._poll = self._epoll.poll
         self._handlers: list[Handler | None] = [None] * 1024
         self._again: deque[Callable[[], None]] = deque()
+        self._turn_asked = False
         self._timers = Timers(loop, self)
         loop.add_reader(self._epoll.fileno(), self.turn)
 
@@ -81,23 +83,31 @@ class Engine:
             if handler is not None:
                 try:
                     handler(events)
-                except Exception:
-                    # A bug of ours ends one connection, never the turn: edges come only once.
-                    log.exception("can't handle an event: this is a bug")
+                except Exception as error:
+                    end_by_bug(handler, error)
         for _ in range(leftover):
-            self._again.popleft()()
+            task = self._again.popleft()
+            try:
+                task()
+            except Exception as error:
+                end_by_bug(task, error)
         if self._again:
-            self._loop.call_soon(self._turn_again)
-
-    def _turn_again(self) -> None:
-        if self._again:
-            self.turn()
+            self._ask_for_turn()
 
     def again(self, task: Callable[[], None]) -> None:
         """Run `task` in the next turn, behind the events that wait by then."""
-        if not self._again:
-            self._loop.call_soon(self._turn_again)
         self._again.append(task)
+        self._ask_for_turn()
+
+    def _ask_for_turn(self) -> None:
+        if not self._turn_asked:  # one is enough: two would ask for two each, and so on
+            self._turn_asked = True
+            self._loop.call_soon(self._asked_turn)
+
+    def _asked_turn(self) -> None:
+        self._turn_asked = False
+        if self._again:
+            self.turn()
 
     def listen(self, sock: socket.socket, handler: Handler) -> None:
         """Watch a listening socket, level-triggered: what is left in its queue is told again."""
@@ -144,15 +154,25 @@ class Engine:
         walker.resume(None)
 
 
+def end_by_bug(task: Callable[..., object], error: Exception) -> None:
+    """A bug of ours ends the connection whose task this is, never the turn: edges come once."""
+    owner = getattr(task, "__self__", None)
+    log.error("can't go on with a connection: this is a bug", exc_info=error)
+    if isinstance(owner, Walker | Relay):
+        try:
+            owner.cut(CloseReason.INTERNAL, repr(error))
+        except Exception:
+            log.exception("can't end a connection: this is a bug")
+
+
 class Walker:
     """A walk and what it waits for."""
 
-    __slots__ = ("_due", "_engine", "_relay", "_send", "_walk", "timer")
+    __slots__ = ("_engine", "_relay", "_send", "_walk", "timer")
 
     def __init__(self, engine: Engine, walk: Walk) -> None:
         self._engine, self._walk, self._send = engine, walk, walk.send
         self._relay: Relay | None = None
-        self._due = 0.0
         self.timer: dict[object, None] | None = None
 
     def resume(self, value: object) -> None:
@@ -165,12 +185,14 @@ class Walker:
             self._engine.walks.discard(self)
             log.exception("a connection ended by a bug of ours")
             return
-        self._await(step)
+        try:
+            self._await(step)
+        except Exception as error:
+            end_by_bug(self.resume, error)
 
     def _await(self, step: Wait | Relay) -> None:
         engine = self._engine
         if isinstance(step, Wait):
-            self._due = step.deadline
             engine.watch(step.stream, self._on_event)
             engine.set_timer(self, step.deadline)
         else:
@@ -194,6 +216,8 @@ class Walker:
         """End this walk from outside, whatever it is doing."""
         if self._relay is not None:
             self._relay.cut(reason, detail)
+            return
+        if self not in self._engine.walks:
             return
         self._engine.cancel_timer(self)
         self._engine.walks.discard(self)
@@ -252,6 +276,9 @@ class Timers:
                 item: Any = next(iter(bucket))
                 del bucket[item]
                 item.timer = None
-                item.on_timer(now)
+                try:
+                    item.on_timer(now)
+                except Exception as error:
+                    end_by_bug(item.on_timer, error)
         if self._ticks:
             self._arm()

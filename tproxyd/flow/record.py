@@ -10,10 +10,13 @@ connect and relay together.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import select
 import stat
+import sys
+import termios
 import time
 from collections import deque
 from collections.abc import Callable
@@ -160,8 +163,9 @@ class LineWriter:
 
     A regular file is opened with O_APPEND: one write is one piece. A pipe or terminal takes pieces
     up to PIPE_BUF atomically, and one that poll() calls writable takes such a piece without
-    blocking. (O_NONBLOCK would say the same, but belongs to the open file, which on stdout we share
-    with strangers.)
+    blocking; a longer line (tens of TLVs) goes alone, and into a pipe only when that is empty.
+    (O_NONBLOCK would say the same, but belongs to the open file, which on stdout we share with
+    strangers.)
     """
 
     def __init__(
@@ -174,35 +178,38 @@ class LineWriter:
         self._lines: deque[bytes] = deque()
         self._size = 0
         self._scheduled = False
-        # Longest piece written at once. A line longer than PIPE_BUF (tens of TLVs) goes alone.
-        regular = stat.S_ISREG(os.fstat(fd).st_mode)
-        self._piece_size = _FLUSH_SIZE if regular else select.PIPE_BUF
+        mode = os.fstat(fd).st_mode
+        self._piece_size = _FLUSH_SIZE if stat.S_ISREG(mode) else select.PIPE_BUF
+        self._pipe_size = fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ) if stat.S_ISFIFO(mode) else 0
         self._poll = select.poll()
         self._poll.register(fd, select.POLLOUT)
 
     def write(self, line: str) -> None:
-        if self._size >= _KEEP_SIZE:
+        data = line.encode()
+        if self._size >= _KEEP_SIZE or 0 < self._pipe_size < len(data):
             self._dropped(1)
             return
-        data = line.encode()
         self._lines.append(data)
         self._size += len(data)
         if self._size >= _FLUSH_SIZE:
             self.flush()
-        elif not self._scheduled:
+        self._schedule()
+
+    def _schedule(self) -> None:
+        if self._lines and not self._scheduled:
             self._scheduled = True
             self._later(FLUSH_AFTER_S, self._on_time)
 
     def _on_time(self) -> None:
         self._scheduled = False
         self.flush()
-        if self._lines:  # the reader is slow: come back
-            self._scheduled = True
-            self._later(FLUSH_AFTER_S, self._on_time)
+        self._schedule()  # the reader is slow: come back
 
     def flush(self) -> None:
         """Write what can be written now; lines that the file refuses are dropped and counted."""
-        while self._lines and self._poll.poll(0):
+        while self._lines and (ready := self._poll.poll(0)):
+            if not self._fits(len(self._lines[0])) and not ready[0][1] & select.POLLERR:
+                return
             piece = [self._lines.popleft()]
             size = len(piece[0])
             while self._lines and size + len(self._lines[0]) <= self._piece_size:
@@ -216,3 +223,10 @@ class LineWriter:
             else:
                 if not whole:
                     self._dropped(1)
+
+    def _fits(self, size: int) -> bool:
+        """Whether a line of this size can be written to a writable file without blocking."""
+        if size <= select.PIPE_BUF or not self._pipe_size:
+            return True
+        waiting = fcntl.ioctl(self._fd, termios.FIONREAD, bytes(4))
+        return not int.from_bytes(waiting, sys.byteorder)

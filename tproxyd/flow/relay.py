@@ -46,7 +46,8 @@ _DONTWAIT = socket.MSG_DONTWAIT
 _SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _IN = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 _OUT = select.EPOLLOUT | select.EPOLLHUP | select.EPOLLERR
-_LAST = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR  # there is an end to be read
+# There is an end to be read, or an urgent byte, at which a recv stops short.
+_LAST = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR | select.EPOLLPRI
 _ABORT = struct.pack("ii", 1, 0)  # struct linger: on, 0 s
 _SO_ERROR_SIZE = 4
 
@@ -114,6 +115,7 @@ class Relay:
         "_limits",
         "_over",
         "_queued",
+        "_torn",
         "_upstream",
         "down",
         "timer",
@@ -127,6 +129,7 @@ class Relay:
         self.up.rest = early
         self._limits = limits
         self._first: Direction | None = None  # the one that ended first
+        self._torn: Direction | None = None  # the one that has no end, only an RST
         self._over = False
         self._queued = False
         self.timer: dict[object, None] | None = None  # engine.Timers' own
@@ -161,10 +164,11 @@ class Relay:
         if events & _OUT and outward.rest:
             self._flush(outward)
         if events & _IN and not self._over:
-            if not inward.rest:
+            if not (inward.rest or inward.stop_reading):
                 self._pump(inward, thorough=bool(events & _LAST))
             elif events & select.EPOLLERR:
-                # Not reading, since the other side stalls; an RST must not wait for that.
+                # Not reading: the other side stalls, or this one has finished, and then closed
+                # altogether and was sent more. An RST must wait for neither.
                 self._check(inward)
 
     def _pump(self, way: Direction, thorough: bool) -> None:
@@ -229,7 +233,7 @@ class Relay:
 
     def _eof(self, way: Direction) -> None:
         way.stop_reading = True
-        if not way.rest:
+        if not way.rest and way is not self._torn:
             self._end(way)
 
     def _end(self, way: Direction) -> None:
@@ -254,6 +258,10 @@ class Relay:
         other = self.down if way is self.up else self.up
         way.rest = b""
         way.stop_reading = True
+        if error.errno not in (errno.EPIPE, errno.ENOTCONN):
+            # RST, and this was its one error report: recv will answer 0 where the data ends, and
+            # that is not to be told as an orderly end. (Behind a FIN the report is EPIPE.)
+            self._torn = other
         while not self._over and not other.rest and not other.stop_reading:
             before = other.delivered
             self._pump(other, thorough=True)

@@ -182,6 +182,7 @@ class Worker(Sockets):
         if self._log is not None:
             self._log.flush()
         self.engine.close()
+        super().finish()
 
     # Accepting ---------------------------------------------------------------------------------
 
@@ -236,6 +237,8 @@ class Worker(Sockets):
         if not data:  # the supervisor is gone
             self._loop.remove_reader(self._spec.control.fileno())
         self._drain()
+        if data == b"cut\n":
+            self._cut("the stop was cut short")
 
     def _drain(self) -> None:
         """Serve what waits in the accept queues, take no more, and leave when all are done."""
@@ -245,19 +248,24 @@ class Worker(Sockets):
             while self._accept(sock, self._lanes[index]):
                 pass
         self._pause_accepting()
+        for _, sock in self._spec.listeners:
+            # The supervisor has it open too. Nobody will accept from it again, and a client must
+            # not wait in its queue: this makes the kernel refuse whoever comes now.
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RD)
         self._draining = True
-        self._loop.call_later(self._spec.config.drain_timeout_s, self._cut)
+        limit = self._spec.config.drain_timeout_s
+        self._loop.call_later(limit, self._cut, f"still open {limit:g} s after the stop")
         self._leave_if_done()
 
     def _leave_if_done(self) -> None:
         if self._draining and not self._active:
             self._loop.stop()
 
-    def _cut(self) -> None:
-        """The drain deadline has passed."""
-        detail = f"still open {self._spec.config.drain_timeout_s:g} s after the stop"
+    def _cut(self, why: str) -> None:
+        """End what is still open."""
         for walker in tuple(self.engine.walks):
-            walker.cut(CloseReason.DRAIN_TIMEOUT, detail)
+            walker.cut(CloseReason.DRAIN_TIMEOUT, why)
 
     # World: what connections ask for -------------------------------------------------------------
 

@@ -1,0 +1,37 @@
+"""Namespace tests: each file checks one promise, on real sockets through a real kernel.
+
+They need root (network namespaces, rules); without it every one of them is skipped and says so.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `lib`
+
+from lib.topology import V4, V6, Family, Topology
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.geteuid() != 0:
+        here = Path(__file__).parent
+        for item in items:
+            if here in item.path.parents:
+                item.add_marker(pytest.mark.skip(reason="needs root; try: sudo scripts/test"))
+
+
+@pytest.fixture
+def net() -> Iterator[Topology]:
+    with Topology() as net:
+        yield net
+
+
+@pytest.fixture(params=[V4, V6], ids=str)
+def family(request: pytest.FixtureRequest) -> Family:
+    chosen: Family = request.param
+    return chosen

@@ -1,0 +1,158 @@
+"""The one topology of all tests: a pod with a client on one side and a neighbour on the other.
+
+    client                    pod                              beyond
+    10.9.1.2      c0 ══ p0    10.9.1.1    10.9.2.1   p1 ══ b0  10.9.2.2
+    fd00:9:1::2               fd00:9:1::1 fd00:9:2::1          fd00:9:2::2
+
+The application and tproxyd live in the pod. `client` and `beyond` have the pod as their default
+router, so a test can make the pod forward between them. `beyond` is the load balancer that speaks
+for others, or the untrusted peer that pretends to, or the far end of forwarded traffic: it is built
+only when a test touches it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from functools import cached_property
+from types import TracebackType
+from typing import NamedTuple
+
+from lib.netns import Namespace
+
+PORT = 80  # of the application
+
+
+class Family(NamedTuple):
+    """The addresses of one IP version."""
+
+    name: str
+    client: str
+    pod: str  # as the client reaches it
+    pod_beyond: str  # as `beyond` reaches it
+    beyond: str
+    stranger: str  # a client that exists in PROXY headers only
+
+    def __str__(self) -> str:
+        return self.name
+
+
+V4 = Family("v4", "10.9.1.2", "10.9.1.1", "10.9.2.1", "10.9.2.2", "106.52.131.116")
+V6 = Family("v6", "fd00:9:1::2", "fd00:9:1::1", "fd00:9:2::1", "fd00:9:2::2", "2001:db8:6a::34")
+
+
+def seen_port(port: int) -> int:
+    """The port that the application sees for a client's port, when nothing is in its way.
+
+    Published: it is how a reader of the application's log finds the client's own port.
+    """
+    return 1024 + (port - 1024 + 30_000) % 64_512
+
+
+class Pair(NamedTuple):
+    """Both ends of one proxied connection."""
+
+    client: socket.socket
+    app: socket.socket
+
+
+class Topology:
+    """`with Topology() as net:`; everything it made, sockets too, is gone afterwards."""
+
+    def __init__(self) -> None:
+        self._exit = contextlib.ExitStack()
+
+    def __enter__(self) -> Topology:
+        try:
+            self.client = self._exit.enter_context(Namespace("client"))
+            self.pod = self._exit.enter_context(Namespace("pod"))
+            self._join(self.client, "c0", self.pod, "p0", V4.client, V4.pod, V6.client, V6.pod)
+        except BaseException:
+            self._exit.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._exit.close()
+
+    @cached_property
+    def beyond(self) -> Namespace:
+        beyond = self._exit.enter_context(Namespace("beyond"))
+        self._join(beyond, "b0", self.pod, "p1", V4.beyond, V4.pod_beyond, V6.beyond, V6.pod_beyond)
+        return beyond
+
+    def _join(
+        self, leaf: Namespace, a: str, pod: Namespace, b: str, a4: str, b4: str, a6: str, b6: str
+    ) -> None:
+        """A veth pair between them, with addresses, and the pod as the leaf's default router.
+
+        : duplicate address detection would keep the IPv6 addresses unusable for a second.
+        """
+        leaf.ip(f"link add {a} type veth peer name {b} netns {pod.name}")
+        pod.ip(f"addr add {b4}/24 dev {b}", f"addr add {b6}/64 dev {b}", f"link set {b} up")
+        leaf.ip(
+            f"addr add {a4}/24 dev {a}",
+            f"addr add {a6}/64 dev {a}",
+            f"link set {a} up",
+            f"route add default via {b4}",
+            f"route add default via {b6}",
+        )
+
+    def keep(self, sock: socket.socket) -> socket.socket:
+        """`sock`, closed when the topology goes."""
+        return self._exit.enter_context(contextlib.closing(sock))
+
+    @cached_property
+    def app_v4(self) -> socket.socket:
+        return self.keep(self.pod.listen("0.0.0.0", PORT))
+
+    @cached_property
+    def app_v6(self) -> socket.socket:
+        return self.keep(self.pod.listen("::", PORT))
+
+    def app(self, family: Family = V4) -> socket.socket:
+        """The application's listening socket."""
+        return self.app_v6 if family is V6 else self.app_v4
+
+    def connect(
+        self, family: Family = V4, port: int = PORT, source: str = "", source_port: int = 0
+    ) -> socket.socket:
+        """A client's connection to the pod."""
+        return self.keep(self.client.connect(family.pod, port, source, source_port))
+
+    def connect_and_end(self, family: Family = V4, port: int = PORT) -> None:
+        """A client's connection that the daemon ends at once, before or after connect() returns."""
+        with contextlib.suppress(ConnectionResetError):
+            assert self.connect(family, port).recv(1) == b""
+
+    def connect_beyond(self, family: Family = V4, port: int = PORT) -> socket.socket:
+        """The neighbour's connection to the pod."""
+        return self.keep(self.beyond.connect(family.pod_beyond, port))
+
+    def accept(self, family: Family = V4) -> socket.socket:
+        """The application's end of the next connection that reaches it."""
+        return self.keep(self.app(family).accept()[0])
+
+    def pair(self, family: Family = V4) -> Pair:
+        """A new connection from the client, and what the application got of it."""
+        self.app(family)
+        client = self.connect(family)
+        app = self.accept(family)
+        return Pair(client, app)
+
+    def app_saw_nothing(self, family: Family = V4) -> bool:
+        """No connection waits at the application."""
+        listener = self.app(family)
+        listener.setblocking(False)
+        try:
+            listener.accept()[0].close()
+        except BlockingIOError:
+            return True
+        finally:
+            listener.settimeout(10.0)
+        return False

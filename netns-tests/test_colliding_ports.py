@@ -1,0 +1,51 @@
+"""Two clients behind one address whose ports collide after the rotation.
+
+The application knows the client at port p by port q = seen_port(p). When another live connection of
+the same address is at q itself, both would be one 4-tuple in one kernel: the new SYN would meet the
+other connection's socket. (A NAT in front of many clients makes this ordinary.)
+"""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from lib.daemon import Daemon
+from lib.streams import assert_talks
+from lib.topology import Family, Pair, Topology, seen_port
+
+P = 40_000
+Q = seen_port(P)
+
+
+def test_rotated_port_is_taken_by_another_client(net: Topology, family: Family) -> None:
+    net.app(family)
+    with Daemon(net.pod) as daemon:
+        first = Pair(net.connect(family, source_port=Q), net.accept(family))
+        second = Pair(net.connect(family, source_port=P), net.accept(family))
+        assert_talks(first)
+        assert_talks(second)
+        assert first.app.getpeername()[1] == seen_port(Q)
+        assert second.app.getpeername()[0] == family.client
+        assert second.app.getpeername()[1] not in (P, Q, seen_port(Q))
+        assert daemon.metric("tproxyd_source_port_retries_total") >= 1
+        assert_talks(first)
+
+
+def test_port_that_the_application_sees_already(net: Topology, family: Family) -> None:
+    """The other order: P is live and the application knows it as Q when a client comes from Q.
+
+    That 4-tuple is taken by the application's own socket, so the newcomer cannot be served. What
+    matters is that it is told so at once, and that the live connection does not notice.
+    """
+    net.app(family)
+    with Daemon(net.pod):
+        first = Pair(net.connect(family, source_port=P), net.accept(family))
+        assert_talks(first)
+        assert first.app.getpeername()[1] == Q
+        began = time.monotonic()
+        with pytest.raises(ConnectionRefusedError):
+            net.connect(family, source_port=Q)
+        assert time.monotonic() - began < 0.5
+        assert_talks(first)
+        assert_talks(net.pair(family))

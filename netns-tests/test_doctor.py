@@ -1,0 +1,106 @@
+"""`tproxyd doctor` finds each fault that it claims to know, says the remedy, and is quiet else."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from typing import Any
+
+import pytest
+from lib.daemon import ROOT, TPROXYD, Daemon, tproxyd
+from lib.topology import Topology
+
+Check = dict[str, Any]
+
+
+def complaints(done: subprocess.CompletedProcess[str]) -> dict[str, Check]:
+    """The checks that are not fine, by name; each of them says what to do."""
+    checks: list[Check] = json.loads(done.stdout)
+    bad = {check["name"]: check for check in checks if check["verdict"] != "ok"}
+    assert all(check["remedy"] for check in bad.values()), bad
+    return bad
+
+
+def doctor(net: Topology) -> dict[str, Check]:
+    return complaints(tproxyd(net.pod, "doctor", "--json"))
+
+
+def test_healthy(net: Topology) -> None:
+    with Daemon(net.pod):
+        done = tproxyd(net.pod, "doctor", "--json")
+        assert complaints(done) == {}
+        assert done.returncode == 0
+        shown = tproxyd(net.pod, "doctor")
+        assert shown.returncode == 0
+        assert "round trip" in shown.stdout
+
+
+def test_round_trip_leaves_nothing(net: Topology) -> None:
+    with Daemon(net.pod):
+        before = net.pod.dump()
+        tproxyd(net.pod, "doctor")
+        assert net.pod.dump() == before
+
+
+def test_missing_capability(net: Topology) -> None:
+    argv = net.pod.argv("setpriv", "--bounding-set=-net_admin,-net_raw", *TPROXYD)
+    done = subprocess.run(
+        [*argv, "doctor", "--json"], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.returncode == 1
+    assert any("CAP_NET_RAW" in str(check) for check in complaints(done).values())
+
+
+def test_rules_and_nobody_listening(net: Topology) -> None:
+    tproxyd(net.pod, "install")
+    done = tproxyd(net.pod, "doctor", "--json")
+    assert done.returncode == 1
+    assert any("listen" in check["detail"] for check in complaints(done).values())
+
+
+def test_listener_and_no_rules(net: Topology) -> None:
+    with Daemon(net.pod, install=False):
+        assert any("tproxyd install" in check["remedy"] for check in doctor(net).values())
+
+
+def test_lo_is_down(net: Topology) -> None:
+    with Daemon(net.pod):
+        net.pod.ip("link set lo down")
+        try:
+            assert any("ip link set lo up" in check["remedy"] for check in doctor(net).values())
+        finally:
+            net.pod.ip("link set lo up")
+
+
+@pytest.mark.parametrize(
+    ("fault", "word"),
+    [
+        ("ip rule add priority 100 fwmark 0x539 lookup 77", "0x539"),  # takes our packets
+        ("ip rule add priority 9000 fwmark 0x539 lookup 77", "0x539"),  # we take its packets
+        ("ip rule add priority 1337 from 192.0.2.1 lookup 77", "1337"),
+        ("ip rule add priority 9000 from 192.0.2.1 lookup 133", "133"),
+        ("ip route add 192.0.2.0/24 dev p0 table 133", "133"),
+    ],
+)
+def test_somebody_elses(net: Topology, fault: str, word: str) -> None:
+    """The mark, the priority or the table is in use by others already."""
+    net.pod.run(*fault.split())
+    with Daemon(net.pod):
+        assert any(word in check["detail"] for check in doctor(net).values())
+
+
+def test_src_valid_mark(net: Topology) -> None:
+    """Told only when it does harm: with the lean rules and rp_filter it does none."""
+    for where in ("all", "p0"):
+        net.pod.sysctl(f"net/ipv4/conf/{where}/src_valid_mark", 1)
+        net.pod.sysctl(f"net/ipv4/conf/{where}/rp_filter", 1)
+    with Daemon(net.pod):
+        told = tproxyd(net.pod, "doctor").stdout
+        assert "src_valid_mark" in told
+        assert "rp_filter" in told
+
+
+def test_ipv6_is_off(net: Topology) -> None:
+    net.pod.sysctl("net/ipv6/conf/all/disable_ipv6", 1)
+    with Daemon(net.pod):
+        assert "IPv6" in tproxyd(net.pod, "doctor").stdout

@@ -1,0 +1,434 @@
+"""Install twice changes nothing; clean leaves nothing; what others have stays byte for byte.
+
+With the real kernel and both nft tools, around rules, tables and routes of other programs, after
+damage, and after SIGKILL between any two writes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import replace
+from ipaddress import ip_network
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from lib.netns import Namespace
+
+from tproxyd.addr import PrefixSet
+from tproxyd.config import Config, Intercept, Listener, ReturnPath, Rules, merge_ranges
+from tproxyd.errors import KernelError
+from tproxyd.kernel.desired import Facts, desired
+from tproxyd.kernel.nft import LIBRARY, Nft
+from tproxyd.kernel.reconcile import Machine, Report, check, clean, facts, install, rules
+from tproxyd.kernel.state import KernelState, diff
+
+HERE = Path(__file__).parent.parent
+CONFIGS = {
+    path: Config(rules=Rules(return_path=path))
+    for path in (ReturnPath.ACCEPT_MARK, ReturnPath.CONNTRACK)
+}
+FWMARK_ACCEPT = "net/ipv4/tcp_fwmark_accept"
+
+
+@pytest.fixture
+def pod() -> Iterator[Namespace]:
+    with Namespace("pod") as pod:
+        pod.ip(
+            "link add eth0 type veth peer name eth1",
+            "addr add 10.9.1.1/24 dev eth0",
+            "addr add fd00:9:1::1/64 dev eth0 nodad",
+            "link set eth0 up",
+            "link set eth1 up",
+        )
+        yield pod
+
+
+@pytest.fixture(params=CONFIGS, ids=str)
+def config(request: pytest.FixtureRequest) -> Config:
+    return CONFIGS[request.param]
+
+
+@pytest.fixture(params=[LIBRARY, "no-such-library.so"], ids=["libnftables", "nft-command"])
+def nft(request: pytest.FixtureRequest) -> Nft:
+    return Nft(request.param)
+
+
+def others_move_in(pod: Namespace) -> None:
+    """Things of other programs around ours, some of them as like ours as can be."""
+    pod.nft(
+        """
+        table inet other {
+            chain prerouting {
+                type filter hook prerouting priority mangle; policy accept;
+                tcp dport 80 counter accept comment "not ours"
+            }
+        }
+        table ip tproxyd {
+            set s {
+                type ipv4_addr
+            }
+        }
+        """
+    )
+    ip(
+        pod,
+        "rule add fwmark 0x539/0xfff lookup 133 priority 1337 protocol static",
+        "rule add from 10.0.0.0/8 lookup 7 priority 100",
+        "-6 rule add fwmark 0x539/0xfff lookup 133 priority 1337 protocol static",
+        "route add 192.0.2.0/24 dev eth0 table 133",
+        "route add local default dev lo table 134",
+        "-6 route add 2001:db8::/32 dev eth0 table 133",
+        "route add unreachable 198.51.100.0/24",
+    )
+
+
+def ip(pod: Namespace, *lines: str) -> None:
+    """`ip` for each line: its batch mode takes no -6."""
+    for line in lines:
+        pod.run("ip", *line.split())
+
+
+def installed(pod: Namespace, config: Config, nft: Nft | None = None) -> Report:
+    return pod.inside(install, config, world=Machine(nft))
+
+
+def test_install_twice_and_clean(pod: Namespace, config: Config, nft: Nft) -> None:
+    others_move_in(pod)
+    before = pod.dump()
+    first = installed(pod, config, nft)
+    assert first.changed
+    assert first.return_path is config.rules.return_path
+    between = pod.dump()
+    assert between != before
+    assert installed(pod, config, nft).changed == ()
+    assert pod.dump() == between
+    assert pod.inside(check, config, world=Machine(nft)).differs == ()
+    report = pod.inside(clean, world=Machine(nft))
+    assert len(report.changed) == len(first.changed)
+    assert pod.dump() == before
+    assert pod.inside(clean, world=Machine(nft)) == Report()
+
+
+def test_one_tool_cleans_what_the_other_installed(pod: Namespace, config: Config) -> None:
+    before = pod.dump()
+    library, command = Nft(), Nft("no-such-library.so")
+    for one, other in ((library, command), (command, library)):
+        installed(pod, config, one)
+        assert installed(pod, config, other).changed == ()
+        pod.inside(clean, world=Machine(other))
+        assert pod.dump() == before
+
+
+@pytest.mark.parametrize("value", [0, 1])
+def test_the_sysctl_is_as_before(pod: Namespace, config: Config, value: int) -> None:
+    pod.sysctl(FWMARK_ACCEPT, value)
+    installed(pod, config)
+    used = config.rules.return_path is ReturnPath.ACCEPT_MARK
+    assert pod.sysctl(FWMARK_ACCEPT) == (1 if used else value)
+    pod.inside(clean)
+    assert pod.sysctl(FWMARK_ACCEPT) == value
+
+
+def test_from_one_configuration_to_the_next(pod: Namespace) -> None:
+    others_move_in(pod)
+    before = pod.dump()
+    other = Config(mark=0x2F, table=70_000, listeners=(Listener(name="output", port=1),))
+    walk = [*CONFIGS.values(), other, *reversed(CONFIGS.values()), other]
+    for config in walk:
+        installed(pod, config)
+        assert pod.inside(check, config).differs == ()
+        got = pod.dump()
+        pod.inside(clean)
+        assert pod.dump() == before
+        installed(pod, config)
+        assert pod.dump() == got, "the way there shows"
+
+
+def test_damage_is_healed_with_one_write(pod: Namespace, config: Config) -> None:
+    installed(pod, config)
+    whole = pod.dump()
+    number = 134 if config.rules.return_path is ReturnPath.ACCEPT_MARK else 133
+    rule = "fwmark 0x539/0xfff lookup 133 priority 1337"
+    for damage in (
+        f"rule del {rule}",
+        f"-6 rule del {rule}",
+        f"route del local default table 133 proto {number}",
+        f"-6 route del local default dev lo table 133 proto {number}",
+        f"-6 route replace local default dev lo table 133 proto {267 - number}",
+        f"rule add iif eth0 {rule} protocol 133",
+        "route add unreachable 203.0.113.0/24 table 9 proto 134",
+    ):
+        ip(pod, damage)
+        report = pod.inside(check, config)
+        assert len(report.differs) == 1, damage
+        assert installed(pod, config).changed == report.differs, damage
+        assert pod.dump() == whole, damage
+    for script in (
+        "delete table inet tproxyd",
+        "flush chain inet tproxyd take_inbound",
+        "add chain inet tproxyd extra",
+        "insert rule inet tproxyd prerouting counter",
+        "add set inet tproxyd s { type ipv4_addr; }",
+        "add table inet tproxyd { flags dormant; }",
+    ):
+        pod.nft(script)
+        assert len(installed(pod, config).changed) == 1, script
+        assert pod.dump() == whole, script
+
+
+def test_lo_down_takes_the_ipv6_route_with_it(pod: Namespace, config: Config) -> None:
+    before = pod.dump()
+    installed(pod, config)
+    whole = pod.dump()
+    pod.ip("link set lo down", "link set lo up")
+    assert "ip -6 route" in pod.inside(check, config).differs[-1]
+    installed(pod, config)
+    assert pod.dump() == whole
+    pod.ip("link set lo down")
+    with pytest.raises(KernelError, match=r"lo is down.*; ip link set lo up"):
+        installed(pod, config)
+    pod.inside(clean)
+    pod.ip("link set lo up")
+    assert pod.dump() == before
+
+
+def test_leftovers_of_another_version_are_cleaned(pod: Namespace) -> None:
+    others_move_in(pod)
+    before = pod.dump()
+    pod.nft("add table inet tproxyd\nadd set inet tproxyd old { type inet_service; }")
+    ip(
+        pod,
+        "route add 203.0.113.0/24 via 10.9.1.9 table 8 proto 133",
+        "route add 203.0.113.0/25 proto 133 nexthop via 10.9.1.8 nexthop via 10.9.1.9",
+        "route add unreachable default table 90000 proto 134",
+        "-6 route add 2001:db8:1::/48 via fd00:9:1::9 proto 133",
+        "-6 route add unreachable default table 90000 proto 134",
+        "-6 route add ::6/128 dev lo table 9 proto 134",
+        "rule add iif eth0 fwmark 1 lookup 9 priority 9 protocol 133",
+        "rule add to 10.0.0.0/8 unreachable priority 9 protocol 134",
+        "-6 rule add fwmark 1 lookup 9 priority 9 protocol 134",
+    )
+    pod.sysctl(FWMARK_ACCEPT, 1)
+    pod.inside(clean)
+    assert pod.dump() == before
+
+
+def test_a_table_that_is_taken(pod: Namespace, config: Config) -> None:
+    pod.ip("route add local default dev lo table 133")
+    before = pod.dump()
+    with pytest.raises(
+        KernelError, match=r"can't add ip -4 route .*: File exists; another"
+    ) as caught:
+        installed(pod, config)
+    assert "`table`" in caught.value.hint
+    assert "nft" not in pod.run("nft", "list", "tables", "inet")
+    pod.inside(clean)
+    assert pod.dump() == before
+
+
+def python(pod: Namespace, code: str, *before: str) -> subprocess.CompletedProcess[str]:
+    """`code` in a Python of its own in the namespace."""
+    return subprocess.run(
+        pod.argv(*before, sys.executable, "-c", textwrap.dedent(code)),
+        env={**os.environ, "PYTHONPATH": str(HERE)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+KILLED_BEFORE_WRITE = """
+    import os, signal
+    from tproxyd.config import Config, ReturnPath, Rules
+    from tproxyd.kernel import reconcile
+
+    class Killed(reconcile.Machine):
+        left = {number}
+
+        def apply(self, change):
+            if not self.left:
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.left -= 1
+            super().apply(change)
+
+    if {installs}:
+        config = Config(rules=Rules(return_path=ReturnPath("{path}")))
+        reconcile.install(config, world=Killed())
+    else:
+        reconcile.clean(world=Killed())
+"""
+
+
+@pytest.mark.parametrize("installs", [True, False], ids=["install", "clean"])
+def test_sigkill_between_any_two_writes(pod: Namespace, config: Config, installs: bool) -> None:
+    others_move_in(pod)
+    before = pod.dump()
+    writes = len(installed(pod, config).changed)
+    if installs:
+        pod.inside(clean)
+    for number in range(writes):
+        code = KILLED_BEFORE_WRITE.format(
+            number=number, installs=installs, path=config.rules.return_path
+        )
+        done = python(pod, code)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert len(pod.inside(clean).changed) == (number if installs else writes - number)
+        assert pod.dump() == before
+        if not installs:
+            installed(pod, config)
+
+
+def test_a_read_only_proc_sys(pod: Namespace) -> None:
+    """As containers have it: auto takes the other return path, accept-mark says what to do."""
+    done = python(
+        pod,
+        """
+        from tproxyd.config import Config, ReturnPath, Rules
+        from tproxyd.errors import KernelError
+        from tproxyd.kernel.reconcile import check, install
+        print(check(Config()).notes[0])
+        try:
+            install(Config(rules=Rules(return_path=ReturnPath.ACCEPT_MARK)))
+        except KernelError as error:
+            print(error)
+        """,
+        *("unshare", "--mount", "sh", "-c"),
+        "mount -o remount,bind,ro /proc/sys 2>/dev/null || mount --bind -o ro /proc/sys /proc/sys;"
+        ' exec "$@"',
+        "sh",
+    )
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("return path conntrack: "), done.stderr
+    assert "tcp_fwmark_accept=1: Read-only file system; set it from outside" in lines[1]
+    assert "tproxyd" not in pod.run("nft", "list", "tables", "inet")
+    pod.inside(clean)
+
+
+def test_an_ordinary_user_is_told_what_is_missing(pod: Namespace, config: Config) -> None:
+    done = python(
+        pod,
+        """
+        from tproxyd.config import Config
+        from tproxyd.errors import KernelError
+        from tproxyd.kernel.reconcile import check, clean
+        for call in (lambda: check(Config()), clean):
+            try:
+                call()
+            except KernelError as error:
+                print(error)
+        """,
+        *("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"),
+    )
+    assert done.stdout.count("CAP_NET_ADMIN is missing; run it as root") == 2, done.stderr
+
+
+def test_facts(pod: Namespace) -> None:
+    assert pod.inside(facts) == Facts(
+        ipv6=True,
+        host_netns=False,
+        accept_mark_before=False,
+        accept_mark_writable=True,
+        lo_up=True,
+    )
+    installed(pod, CONFIGS[ReturnPath.ACCEPT_MARK])
+    assert not pod.inside(facts).accept_mark_before, "that was us"
+    pod.inside(clean)
+    pod.sysctl("net/ipv6/conf/lo/disable_ipv6", 1)
+    pod.sysctl(FWMARK_ACCEPT, 1)
+    pod.ip("link set lo down")
+    found = pod.inside(facts)
+    assert (found.ipv6, found.accept_mark_before, found.lo_up) == (False, True, False)
+
+
+def test_without_ipv6(pod: Namespace, config: Config) -> None:
+    pod.sysctl("net/ipv6/conf/all/disable_ipv6", 1)
+    before = pod.dump()
+    report = installed(pod, config)
+    assert any("no IPv6" in note for note in report.notes)
+    assert "133" not in pod.run("ip", "-6", "route", "show", "table", "all")
+    pod.inside(clean)
+    assert pod.dump() == before
+
+
+def test_rules_is_what_nft_accepts(pod: Namespace, config: Config) -> None:
+    """And what install makes: nothing is left to do for the firewall."""
+    text = rules(config, facts=pod.inside(facts))
+    pod.nft(text)
+    report = pod.inside(check, config)
+    assert not any("firewall" in difference for difference in report.differs)
+    commands = [line.removeprefix("# ") for line in text.splitlines() if line.startswith("# ip ")]
+    for command in commands:
+        pod.run(*command.split())
+    assert [d for d in pod.inside(check, config).differs if "sysctl" not in d][1:] == []
+    installed(pod, config)
+    assert pod.inside(check, config).differs == ()
+
+
+_networks = st.ip_addresses().flatmap(
+    lambda ip: st.integers(1, ip.max_prefixlen).map(
+        lambda length: ip_network(f"{ip}/{length}", strict=False)
+    )
+)
+_prefixes = st.lists(_networks, max_size=5).map(PrefixSet)
+_ports = st.lists(
+    st.tuples(st.integers(1, 65535), st.integers(0, 300)).map(
+        lambda pair: (pair[0], min(65535, sum(pair)))
+    ),
+    max_size=5,
+).map(merge_ranges)
+_intercepts = st.builds(
+    Intercept,
+    ports=_ports.filter(bool),
+    exclude_ports=_ports,
+    sources=_prefixes,
+    destinations=_prefixes,
+    interfaces=st.lists(
+        st.from_regex(r"[a-z][a-z0-9._:-]{0,12}\*?", fullmatch=True), max_size=4, unique=True
+    ).map(lambda names: tuple(sorted(names))),
+)
+_names = st.from_regex(r"[a-z][a-z0-9_-]{0,30}", fullmatch=True)
+_listeners = st.lists(
+    st.builds(Listener, name=_names, port=st.integers(1, 65535), intercept=_intercepts),
+    min_size=1,
+    max_size=3,
+    unique_by=(lambda listener: listener.name, lambda listener: listener.port),
+).map(tuple)
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Iterator[Namespace]:
+    with Namespace("sandbox") as sandbox:
+        yield sandbox
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    mark=st.integers(1, 0xFFFF_FFFE),
+    listeners=_listeners,
+    ipv6=st.booleans(),
+    host=st.booleans(),
+    intercept=st.booleans(),
+)
+def test_whatever_is_written_reads_back_equal(
+    sandbox: Namespace,
+    mark: int,
+    listeners: tuple[Listener, ...],
+    ipv6: bool,
+    host: bool,
+    intercept: bool,
+) -> None:
+    config = replace(Config(), mark=mark, listeners=listeners)
+    want = desired(config, facts=Facts(ipv6, host), intercept=intercept).firewall
+    nft = Nft()
+    sandbox.inside(nft.apply, want)
+    have = sandbox.inside(nft.read)
+    assert diff(KernelState(firewall=have), KernelState(firewall=want)) == ()

@@ -1,0 +1,237 @@
+"""The command line: verbs change state, nouns only read.
+
+    run install clean        rules check doctor status
+
+Exit codes, given in one place (`main`): 0 fine; 1 a problem found; 2 usage or configuration; 3 the
+kernel refused. An expected failure is one sentence on stderr, "can't <do>: <why>; <what to try>",
+and never a traceback. What a command needs it imports itself: `tproxyd check` answers in tens of
+milliseconds because neither pyroute2 nor uvloop is ever loaded for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable, Sequence
+
+from tproxyd import __version__
+from tproxyd.addr import Endpoint
+from tproxyd.config import Backend, Config, parse
+from tproxyd.errors import ConfigError, KernelError, Problem, TproxydError
+
+DEFAULT_FILE = "/etc/tproxyd/tproxyd.toml"
+
+FINE, FOUND, USAGE, REFUSED = 0, 1, 2, 3
+_INTERRUPTED, _PIPE_CLOSED = 128 + 2, 128 + 13  # as a shell reports SIGINT and SIGPIPE
+
+_STATUS_TIMEOUT_S = 5.0
+
+
+class Unreachable(TproxydError):
+    """There is no running daemon to ask."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code."""
+    args = _arguments().parse_args(argv)
+    command: Callable[[argparse.Namespace], int] = args.command
+    try:
+        code = command(args)
+        sys.stdout.flush()
+        return code
+    except ConfigError as error:
+        return _failed(error, USAGE)
+    except KernelError as error:
+        return _failed(error, REFUSED)
+    except Unreachable as error:
+        return _failed(error, FOUND)
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # Who read our output has seen enough (| head). The interpreter would flush once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _PIPE_CLOSED
+
+
+def _failed(error: TproxydError, code: int) -> int:
+    print(f"tproxyd: {error}", file=sys.stderr)
+    return code
+
+
+def _arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tproxyd",
+        description="A transparent proxy that keeps the client's source address.",
+        epilog="Exit codes: 0 fine; 1 a problem found; 2 usage or configuration; "
+        "3 the kernel refused.",
+    )
+    parser.add_argument("--version", action="version", version=f"tproxyd {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def command(run: Callable[[argparse.Namespace], int], what: str) -> argparse.ArgumentParser:
+        name = run.__name__
+        each = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
+        each.set_defaults(command=run)
+        each.add_argument(
+            "-c",
+            "--config",
+            metavar="FILE",
+            help=f"the configuration; by default {DEFAULT_FILE}, or the built-in defaults",
+        )
+        return each
+
+    command(run, "serve in the foreground").add_argument(
+        "--install",
+        action="store_true",
+        help="make the kernel state once the workers accept, and remove it at the end",
+    )
+    command(install, "make the kernel state: rules, routes, firewall")
+    command(clean, "remove all kernel state of tproxyd, whatever configuration made it")
+    command(rules, "print what install would make").add_argument(
+        "--backend",
+        choices=[str(each) for each in Backend],
+        help="instead of the one in the configuration",
+    )
+    command(check, "check the configuration only")
+    command(doctor, "find out why it does not work").add_argument("--json", action="store_true")
+    command(status, "show the running daemon").add_argument("--json", action="store_true")
+    return parser
+
+
+# Verbs -------------------------------------------------------------------------------------------
+
+
+def run(args: argparse.Namespace) -> int:
+    config = read_config(args.config)
+    from tproxyd.proc import supervisor
+
+    supervisor.serve(config, install=args.install)
+    return FINE
+
+
+def install(args: argparse.Namespace) -> int:
+    config = read_config(args.config)
+    from tproxyd.kernel import reconcile
+
+    report = reconcile.install(config)
+    for line in (*report.changed, *report.notes) if report.changed else ("nothing to change",):
+        print(line)
+    return FINE
+
+
+def clean(_: argparse.Namespace) -> int:
+    """The configuration is not read: what is ours says so itself, and a broken file must not
+    keep anybody from removing it.
+    """
+    from tproxyd.kernel import reconcile
+
+    for line in reconcile.clean().changed or ("nothing to remove",):
+        print(line)
+    return FINE
+
+
+# Nouns -------------------------------------------------------------------------------------------
+
+
+def rules(args: argparse.Namespace) -> int:
+    config = read_config(args.config)
+    from tproxyd.kernel import reconcile
+
+    if args.backend is not None:
+        chosen = dataclasses.replace(config.rules, backend=Backend(args.backend))
+        config = dataclasses.replace(config, rules=chosen)
+    print(reconcile.rules(config, facts=reconcile.facts()), end="")
+    return FINE
+
+
+def check(args: argparse.Namespace) -> int:
+    config = read_config(args.config)
+    listeners = [f"{each.name} on port {each.port}" for each in config.listeners]
+    plural = "s" if len(listeners) > 1 else ""
+    origin = args.config or (DEFAULT_FILE if os.path.exists(DEFAULT_FILE) else "built-in defaults")
+    print(f"{origin}: fine: {len(listeners)} listener{plural}: {', '.join(listeners)}")
+    return FINE
+
+
+def doctor(args: argparse.Namespace) -> int:
+    config = read_config(args.config)
+    from tproxyd import doctor
+
+    checks = doctor.run(config)
+    if args.json:
+        print(json.dumps([dataclasses.asdict(each) for each in checks], indent=2))
+    else:
+        width = max(len(each.name) for each in checks)
+        for each in checks:
+            print(f"{each.verdict:<4}  {each.name:<{width}}  {each.detail}")
+            if each.remedy:
+                print(f"{'':6}{'':{width}}  → {each.remedy}")
+    return FOUND if any(each.verdict == "fail" for each in checks) else FINE
+
+
+def status(args: argparse.Namespace) -> int:
+    config = read_config(args.config)
+    body = _ask_daemon(config.admin, "/status")
+    if args.json:
+        print(body, end="")
+        return FINE
+    from tproxyd.proc.status import draw
+
+    print(draw(json.loads(body)), end="")
+    return FINE
+
+
+# What they share ---------------------------------------------------------------------------------
+
+
+def read_config(path: str | None) -> Config:
+    """The Config in the file that was asked for, or in the default one, or the defaults.
+
+    A file that was named must be there; the default one may be absent, which is said. One that is
+    there and can't be read is an error in both cases: it could hold a trust list.
+    """
+    try:
+        with open(path or DEFAULT_FILE, encoding="utf-8") as file:
+            text = file.read()
+    except FileNotFoundError:
+        if path is None:
+            print(f"tproxyd: no {DEFAULT_FILE}: using the built-in defaults", file=sys.stderr)
+            return Config()
+        raise ConfigError(path, (Problem("", "there is no such file"),)) from None
+    except OSError as error:
+        why = f"can't be read: {error.strerror}"
+        raise ConfigError(path or DEFAULT_FILE, (Problem("", why),)) from None
+    except UnicodeDecodeError as error:
+        why = f"not UTF-8, which TOML is: byte {error.start}"
+        raise ConfigError(path or DEFAULT_FILE, (Problem("", why),)) from None
+    return parse(text, path or DEFAULT_FILE)
+
+
+def _ask_daemon(where: Endpoint | None, path: str) -> str:
+    """GET `path` from the admin endpoint (too plain for http.client and its 17 ms)."""
+    if where is None:
+        raise Unreachable(
+            'can\'t ask the daemon: admin = "" in its configuration; set admin = "127.0.0.1:9133"'
+        )
+    request = f"GET {path} HTTP/1.1\r\nHost: {where}\r\nConnection: close\r\n\r\n"
+    try:
+        with socket.create_connection(where, timeout=_STATUS_TIMEOUT_S) as sock:
+            sock.sendall(request.encode())
+            answer = b"".join(iter(lambda: sock.recv(65536), b"")).decode()
+    except OSError as error:
+        why = "no answer" if isinstance(error, TimeoutError) else error.strerror
+        raise Unreachable(
+            f"can't ask the daemon at {where}: {why}; start it with tproxyd run,"
+            " or name its configuration with -c"
+        ) from None
+    head, _, body = answer.partition("\r\n\r\n")
+    if not head.startswith("HTTP/1.1 200 "):
+        first = head.partition("\r\n")[0] or "nothing"
+        raise Unreachable(
+            f"can't ask the daemon at {where}: it answered {first}; is that tproxyd? ss -ltnp"
+        )
+    return body

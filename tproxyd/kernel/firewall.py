@@ -1,0 +1,244 @@
+"""Packet rules as plain values: what a packet must be, and what then happens to it.
+
+A small closed algebra and not the text of one tool, so that what a backend read back can be
+compared exactly with what is wanted, however the tool lays it out. A backend writes every Match and
+Action that it can be given; what it reads and cannot express is an Unknown, which never equals
+anything wanted: a foreign edit of our table, or the leftover of another version of us, shows as
+drift and is replaced. Pure.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Literal, assert_never
+
+from tproxyd.addr import PrefixSet
+
+Family = Literal[4, 6]
+PortRanges = tuple[tuple[int, int], ...]
+
+FULL_MASK = 0xFFFF_FFFF
+
+
+# What a packet must be ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class InInterface:
+    """Came in through one of these; a name that ends in "*" stands alone."""
+
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class IpVersion:
+    family: Family
+
+
+@dataclass(frozen=True, slots=True)
+class NotTcp:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class SourceIn:
+    """Implies the IP version: the prefixes are of one."""
+
+    family: Family
+    prefixes: PrefixSet
+
+
+@dataclass(frozen=True, slots=True)
+class DestinationIn:
+    family: Family
+    prefixes: PrefixSet
+
+
+@dataclass(frozen=True, slots=True)
+class PortIn:
+    """TCP, and its destination port is, or is not, in these closed, merged ranges."""
+
+    ranges: PortRanges
+    negate: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class NotForUs:
+    """The destination is not a local address: forwarded, broadcast or multicast."""
+
+
+@dataclass(frozen=True, slots=True)
+class Syn:
+    """A TCP segment that opens a connection: SYN without FIN, RST and ACK."""
+
+
+@dataclass(frozen=True, slots=True)
+class PacketMark:
+    value: int
+    mask: int
+
+
+@dataclass(frozen=True, slots=True)
+class ConnMark:
+    value: int
+    mask: int
+
+
+@dataclass(frozen=True, slots=True)
+class MeetsTransparentSocket:
+    """A socket with IP_TRANSPARENT has, or listens on, exactly this packet's addresses."""
+
+
+Match = (
+    InInterface
+    | IpVersion
+    | NotTcp
+    | SourceIn
+    | DestinationIn
+    | PortIn
+    | NotForUs
+    | Syn
+    | PacketMark
+    | ConnMark
+    | MeetsTransparentSocket
+)
+
+
+# What then happens to it --------------------------------------------------------------------------
+
+
+class Verdict(StrEnum):
+    ACCEPT = "accept"
+    DROP = "drop"
+    RESET = "reject with tcp reset"
+
+
+@dataclass(frozen=True, slots=True)
+class Goto:
+    chain: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tproxy:
+    """Deliver to the connection's socket, else to the transparent listener on `port`, and accept.
+
+    Without either the next rule is tried.
+    """
+
+    family: Family
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class SetPacketMark:
+    """Write the bits of `mask`; keep the others, which are other programs'. The next rule runs."""
+
+    value: int
+    mask: int
+
+
+@dataclass(frozen=True, slots=True)
+class SetConnMark:
+    value: int
+    mask: int
+
+
+Action = Verdict | Goto | Tproxy | SetPacketMark | SetConnMark
+
+
+# Rules and chains ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """Under our name or number, but nothing that this version can express."""
+
+    text: str
+
+    def __str__(self) -> str:
+        return f"something unknown: {self.text}"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """All matches, then the action. The comment explains; it is not in the kernel."""
+
+    matches: tuple[Match, ...]
+    action: Action
+    comment: str = field(default="", compare=False)
+
+    def __str__(self) -> str:
+        what = ", ".join(map(match_text, self.matches)) or "anything"
+        return f"{what} → {action_text(self.action)}"
+
+
+class Hook(StrEnum):
+    """Where a base chain is called, both at priority mangle: behind conntrack, before nat."""
+
+    PREROUTING = "prerouting"
+    OUTPUT = "output"  # of type route: a changed mark asks the routing tables again
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    name: str
+    hook: Hook | None
+    rules: tuple[Rule | Unknown, ...]
+
+
+Firewall = tuple[Chain | Unknown, ...]
+
+
+# In words -----------------------------------------------------------------------------------------
+
+
+def match_text(match: Match) -> str:
+    """A match in words."""
+    match match:
+        case InInterface(names):
+            return f"in through {' or '.join(names)}"
+        case IpVersion(family):
+            return f"IPv{family}"
+        case NotTcp():
+            return "not TCP"
+        case SourceIn(prefixes=prefixes):
+            return f"from {' or '.join(map(str, prefixes.networks))}"
+        case DestinationIn(prefixes=prefixes):
+            return f"to {' or '.join(map(str, prefixes.networks))}"
+        case PortIn(ranges, negate):
+            return f"{'not ' if negate else ''}to port {ranges_text(ranges)}"
+        case NotForUs():
+            return "not to an address of this host"
+        case Syn():
+            return "SYN"
+        case PacketMark(value, mask):
+            return f"mark {value:#x}/{mask:#x}"
+        case ConnMark(value, mask):
+            return f"connection mark {value:#x}/{mask:#x}"
+        case MeetsTransparentSocket():
+            return "meets a transparent socket"
+        case _:
+            assert_never(match)
+
+
+def action_text(action: Action) -> str:
+    """An action in words."""
+    match action:
+        case Verdict():
+            return str(action)
+        case Goto(chain):
+            return f"goto {chain}"
+        case Tproxy(family, port):
+            return f"tproxy IPv{family} to port {port} and accept, if a socket is there"
+        case SetPacketMark(value, mask):
+            return f"set mark {value:#x}/{mask:#x}"
+        case SetConnMark(value, mask):
+            return f"set connection mark {value:#x}/{mask:#x}"
+        case _:
+            assert_never(action)
+
+
+def ranges_text(ranges: PortRanges) -> str:
+    """ "80, 8000-8100"."""
+    return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in ranges)

@@ -1,0 +1,277 @@
+"""Make the kernel hold what it should: lock, read, diff, apply, read back, report.
+
+The entry points of the control plane: install, clean, check, and rules (text only). All of them
+read the kernel and keep no memory of what they did, so they work after SIGKILL at any point,
+without the configuration that installed, and twice in a row. `clean` is `reconcile(EMPTY)`.
+
+What happens when a step fails:
+
+- On the way up nothing is built on it: the stages behind it are left out. Interception, the last of
+  them, never stands without the way home, and an older state that works keeps working.
+- Removals go on, so that clean removes what can be removed; except that when the sysctl cannot be
+  given back, the rules and routes that remember it stay (state.py).
+- The KernelError says what was done all the same and what is still to do.
+
+The lock is an abstract unix socket: such names belong to the network namespace, as the state does,
+vanish with the process that bound them, and need no file, which containers with a read-only root
+would not have. Who finds it taken connects to it and waits for the connection to end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from tproxyd.config import Config, ReturnPath
+from tproxyd.errors import KernelError
+from tproxyd.kernel.desired import PRIORITY, Facts, desired, notes, return_path
+from tproxyd.kernel.firewall import Firewall
+from tproxyd.kernel.nft import Nft
+from tproxyd.kernel.nftlang import render
+from tproxyd.kernel.routing import Routing
+from tproxyd.kernel.state import EMPTY, Change, KernelState, Stage, diff
+
+LOCK_NAME = "\0tproxyd/kernel"
+# A whole reconcile takes tens of milliseconds, an nft command of an overloaded machine seconds.
+LOCK_PATIENCE_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a call did and found, in words."""
+
+    changed: tuple[str, ...] = ()  # the writes, in their order
+    differs: tuple[
+        str, ...
+    ] = ()  # what is still not as it should be: the changes that would fix it
+    notes: tuple[str, ...] = ()  # what the operator should hear
+    installed: bool = False  # the kernel holds something of ours
+    return_path: ReturnPath | None = None  # how answers find home; None for clean
+
+
+class World(Protocol):
+    """The kernel, as reconcile sees it."""
+
+    def lock(self) -> AbstractContextManager[None]: ...
+
+    def facts(self) -> Facts: ...
+
+    def read_routing(self) -> KernelState:
+        """Everything of ours but the firewall."""
+        ...
+
+    def read_firewall(self) -> Firewall: ...
+
+    def apply(self, change: Change) -> None: ...
+
+
+class Machine:
+    """The kernel of this machine, in the network namespace of the calling thread."""
+
+    def __init__(self, nft: Nft | None = None) -> None:
+        self._nft = nft or Nft()
+        self._routing = Routing()
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Also the time for which a netlink socket is open."""
+        with _locked(), contextlib.closing(self._routing):
+            yield
+
+    def facts(self) -> Facts:
+        return self._routing.facts()
+
+    def read_routing(self) -> KernelState:
+        return self._routing.read()
+
+    def read_firewall(self) -> Firewall:
+        return self._nft.read()
+
+    def apply(self, change: Change) -> None:
+        if isinstance(change.new, tuple):
+            self._nft.apply(change.new)
+        else:
+            self._routing.apply(change)
+
+
+def install(config: Config, *, intercept: bool = True, world: World | None = None) -> Report:
+    """Make the state that `config` asks for; without `intercept` the part that a drain needs."""
+    world = world or Machine()
+    with world.lock():
+        facts = world.facts()
+        if not facts.lo_up:
+            why = "lo is down, and answers come home through it"
+            raise KernelError("install the kernel state", why, "ip link set lo up")
+        want = desired(config, facts=facts, intercept=intercept)
+        return _reconcile(want, world, notes(config, facts), return_path(config, facts).path)
+
+
+def clean(*, world: World | None = None) -> Report:
+    """Remove everything of ours."""
+    return reconcile(EMPTY, world or Machine())
+
+
+def check(config: Config, *, intercept: bool = True, world: World | None = None) -> Report:
+    """Read only: `differs` is what `install` would change."""
+    world = world or Machine()
+    with world.lock():
+        facts = world.facts()
+        have = _read(world)
+    said, chosen = notes(config, facts), return_path(config, facts).path
+    want = desired(config, facts=facts, intercept=intercept)
+    differs = tuple(map(str, diff(have, want)))
+    return Report((), differs, said, have != EMPTY, chosen)
+
+
+def rules(config: Config, *, facts: Facts) -> str:
+    """What install would do, as a script for `nft -f`; the commands beside it are comments."""
+    want = desired(config, facts=facts)
+    lines = [f"# {note}" for note in notes(config, facts)]
+    lines += [f"# {item.command}" for item in (*want.routes, *want.sysctls, *want.rules)]
+    return "\n".join(lines) + "\n\n" + render(want.firewall)
+
+
+def facts() -> Facts:
+    """What this machine is, as far as the state depends on it."""
+    routing = Routing()
+    with contextlib.closing(routing):
+        return routing.facts()
+
+
+def clashes(config: Config) -> tuple[str, ...]:
+    """What other programs have where we want to be, in sentences."""
+    routing = Routing()
+    with contextlib.closing(routing):
+        return routing.clashes(config.mark, config.table, PRIORITY)
+
+
+def reconcile(want: KernelState, world: World) -> Report:
+    """Make the kernel hold exactly `want` of ours; KernelError when it does not in the end."""
+    with world.lock():
+        return _reconcile(want, world)
+
+
+def _reconcile(
+    want: KernelState,
+    world: World,
+    said: tuple[str, ...] = (),
+    chosen: ReturnPath | None = None,
+) -> Report:
+    errors: list[KernelError] = []
+    # Install must not write over what it cannot read; clean cleans what can be read.
+    have = _read(world, errors if want == EMPTY else None)
+    changed: list[str] = []
+    failed: set[Stage] = set()
+    for change in diff(have, want):
+        if _is_left_out(change.stage, failed):
+            continue
+        try:
+            world.apply(change)
+        except KernelError as error:
+            errors.append(error)
+            failed.add(change.stage)
+        else:
+            changed.append(str(change))
+    if changed or failed:
+        have = _read(world, errors)
+    left = tuple(map(str, diff(have, want)))
+    if errors or left:
+        raise _failure(errors, changed, left)
+    return Report(tuple(changed), (), said, have != EMPTY, chosen)
+
+
+def _is_left_out(stage: Stage, failed: set[Stage]) -> bool:
+    unbuilt = any(earlier.builds and earlier < stage for earlier in failed)
+    unreturned = Stage.DROP_SYSCTL in failed and stage > Stage.DROP_SYSCTL
+    return unbuilt or unreturned
+
+
+def _read(world: World, errors: list[KernelError] | None = None) -> KernelState:
+    """Everything of ours. With a list for the errors, what cannot be read counts as absent."""
+    state, firewall = EMPTY, EMPTY.firewall
+    try:
+        state = world.read_routing()
+    except KernelError as error:
+        if errors is None:
+            raise
+        errors.append(error)
+    try:
+        firewall = world.read_firewall()
+    except KernelError as error:
+        if errors is None:
+            raise
+        errors.append(error)
+    return replace(state, firewall=firewall)
+
+
+def _failure(errors: list[KernelError], changed: list[str], left: tuple[str, ...]) -> KernelError:
+    """One error that tells everything: what was refused, what was done, what is missing."""
+    lines = [("also", str(error)) for error in errors[1:]]
+    lines += [("done all the same", change) for change in changed]
+    lines += [("still to do", change) for change in left]
+    more = "".join(f"\n  {label}: {text}" for label, text in dict.fromkeys(lines))
+    if not errors:
+        why, hint = "what was written reads back differently", "does another program change it?"
+        return KernelError("make the kernel state", why, hint + more)
+    failure = KernelError(errors[0].action, errors[0].why, errors[0].hint + more)
+    failure.__cause__ = ExceptionGroup("every refusal", errors)
+    return failure
+
+
+# The lock -----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _locked() -> Iterator[None]:
+    """One reconcile at a time in this network namespace; KernelError after LOCK_PATIENCE_S."""
+    deadline = time.monotonic() + LOCK_PATIENCE_S
+    with contextlib.ExitStack() as stack:
+        while not _taken(stack):
+            if (remaining := deadline - time.monotonic()) <= 0:
+                why = f"another process ({_holder()}) has been at it for {LOCK_PATIENCE_S:g} s"
+                raise KernelError("change the kernel state", why, "end that process, try again")
+            _wait_for_release(remaining)
+        yield
+
+
+def _taken(stack: contextlib.ExitStack) -> bool:
+    lock = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+    try:
+        lock.bind(LOCK_NAME)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        lock.close()
+        return False
+    lock.listen(128)
+    return True
+
+
+def _wait_for_release(patience: float) -> None:
+    """A connection that nobody accepts ends when the holder closes its socket, or dies."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as waiter:
+        waiter.settimeout(patience)
+        try:
+            waiter.connect(LOCK_NAME)
+        except OSError:
+            time.sleep(0.005)  # it is between bind and listen, or has just gone
+            return
+        with contextlib.suppress(OSError):  # a reset or the timeout: the caller looks again
+            waiter.recv(1)
+
+
+def _holder() -> str:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(LOCK_NAME)
+            raw = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        except OSError:
+            return "gone by now"
+    return f"process {struct.unpack('3i', raw)[0]}"

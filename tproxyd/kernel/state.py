@@ -1,0 +1,254 @@
+"""What the kernel holds for us, as plain values; the difference of two states; their text.
+
+`desired` makes a state out of a Config, routing and nft read one out of the kernel, `diff` says
+what lies between the two, reconcile applies it. There is no second list of deletions: clean is
+the way to EMPTY.
+
+Whose is it? The nft table `inet tproxyd` is ours by its name. Rules and routes are ours by their
+routing protocol number (rtm_protocol, FRA_PROTOCOL: a byte that the kernel only stores), so that
+they are found whatever table, mark or priority the configuration of their day gave them.
+
+The sysctl net.ipv4.tcp_fwmark_accept has no owner field, and clean must give it back without a
+file or a process that remembers. So the same byte remembers it: there are two numbers of ours,
+
+    133   ours
+    134   ours, and tcp_fwmark_accept was 0 before us: clean puts it back to 0
+
+and all our rules and routes carry the same one, so any survivor can tell. If the sysctl was 1
+before we came, we are 133 and it stays 1. A state that was *read* therefore contains the sysctl
+only while some survivor says 134. The memory is written before the sysctl and dropped after it (see
+Stage), so a crash between any two steps loses nothing. Pure.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+from tproxyd.kernel.firewall import Family, Firewall, Rule, Unknown
+
+# 133 as our routing table; neither is in iproute2's list of protocols (/etc/iproute2/rt_protos).
+OURS = 133
+OURS_AND_SYSCTL = 134
+
+FWMARK_ACCEPT = "net.ipv4.tcp_fwmark_accept"
+
+
+@dataclass(frozen=True, slots=True)
+class Sysctl:
+    name: str
+    value: int
+
+    @property
+    def slot(self) -> tuple[object, ...]:
+        return (self.name,)
+
+    @property
+    def command(self) -> str:
+        return f"sysctl -w {self}"
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.value}"
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """`local default dev lo`: every packet that comes to this table is delivered on this host."""
+
+    family: Family
+    table: int
+    protocol: int
+
+    @property
+    def slot(self) -> tuple[object, ...]:
+        return (self.family, self.table)
+
+    @property
+    def command(self) -> str:
+        return str(self).replace(" route ", " route add ")
+
+    def __str__(self) -> str:
+        return (
+            f"ip -{self.family} route local default dev lo table {self.table} proto {self.protocol}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyRule:
+    """Packets whose mark is `mark` under `mask` are routed by `table`."""
+
+    family: Family
+    priority: int
+    mark: int
+    mask: int
+    table: int
+    protocol: int
+
+    @property
+    def slot(self) -> tuple[object, ...]:
+        return (self.family, self.priority, self.mark, self.mask, self.table)
+
+    @property
+    def command(self) -> str:
+        return str(self).replace(" rule ", " rule add ")
+
+    def __str__(self) -> str:
+        return (
+            f"ip -{self.family} rule priority {self.priority} fwmark {self.mark:#x}/{self.mask:#x}"
+            f" lookup {self.table} protocol {self.protocol}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class UnknownRoute:
+    """A route with a number of ours and of another shape: it can only be removed."""
+
+    family: Family
+    text: str
+    slot: None = None
+
+    @property
+    def command(self) -> str:
+        return f"# {self}"
+
+    def __str__(self) -> str:
+        return f"ip -{self.family} route {self.text}"
+
+
+@dataclass(frozen=True, slots=True)
+class UnknownRule:
+    """A policy rule with a number of ours and of another shape: it can only be removed."""
+
+    family: Family
+    text: str
+    slot: None = None
+
+    @property
+    def command(self) -> str:
+        return f"# {self}"
+
+    def __str__(self) -> str:
+        return f"ip -{self.family} rule {self.text}"
+
+
+Item = Sysctl | Route | UnknownRoute | PolicyRule | UnknownRule
+
+
+@dataclass(frozen=True, slots=True)
+class KernelState:
+    """Everything of ours. Order matters within a chain only; `diff` compares, not `==`."""
+
+    sysctls: tuple[Sysctl, ...] = ()
+    routes: tuple[Route | UnknownRoute, ...] = ()
+    rules: tuple[PolicyRule | UnknownRule, ...] = ()
+    firewall: Firewall = ()
+
+
+EMPTY = KernelState()
+
+
+# The way from one state to another ----------------------------------------------------------------
+
+
+class Stage(IntEnum):
+    """The order of changes.
+
+    On the way up the interception comes last, when everything that brings answers home stands; on
+    the way down it goes first. The number 134 is written before the sysctl that it remembers (in
+    the routes, the first up) and dropped after it (in the rules too: they may be the survivor).
+    """
+
+    ADD_ROUTE = 0
+    ADD_SYSCTL = 1
+    ADD_RULE = 2
+    SET_FIREWALL = 3
+    DROP_FIREWALL = 4
+    DROP_SYSCTL = 5
+    DROP_RULE = 6
+    DROP_ROUTE = 7
+
+    @property
+    def builds(self) -> bool:
+        return self <= Stage.SET_FIREWALL
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One write. Without `old` an addition, without `new` a removal, with both a replacement."""
+
+    stage: Stage
+    old: Item | Firewall | None
+    new: Item | Firewall | None
+
+    def __str__(self) -> str:
+        if isinstance(self.old, tuple) or isinstance(self.new, tuple):
+            verb = "replace" if self.old and self.new else "add" if self.new else "remove"
+            return f"{verb} the firewall rules (nft table inet tproxyd)"
+        if isinstance(self.new, Sysctl):
+            return f"set {self.new}"
+        if isinstance(self.old, Sysctl):
+            return f"put {self.old.name} back to 0"
+        if self.old is not None and self.new is not None:
+            return f"replace {self.old} by {self.new}"
+        return f"remove {self.old}" if self.new is None else f"add {self.new}"
+
+
+def diff(have: KernelState, want: KernelState) -> tuple[Change, ...]:
+    """The changes that lead from `have` to `want`, in the order in which to make them."""
+    changes = [
+        *_paired(have.sysctls, want.sysctls),
+        *_paired(have.routes, want.routes),
+        *_paired(have.rules, want.rules),
+    ]
+    if Counter(have.firewall) != Counter(want.firewall):
+        stage = Stage.SET_FIREWALL if want.firewall else Stage.DROP_FIREWALL
+        changes.append(Change(stage, have.firewall, want.firewall))
+    return tuple(sorted(changes, key=lambda change: change.stage))
+
+
+def _paired(have: Sequence[Item], want: Sequence[Item]) -> list[Change]:
+    """Additions and removals; those that share a slot (all but the protocol) as replacements.
+
+    Counted, because the kernel keeps two equal policy rules if it is asked to.
+    """
+    spare = list((Counter(have) - Counter(want)).elements())
+    changes: list[Change] = []
+    for new in (Counter(want) - Counter(have)).elements():
+        old = next((item for item in spare if item.slot == new.slot), None)
+        if old is not None:
+            spare.remove(old)
+        changes.append(Change(_stage(old, new), old, new))
+    return [*changes, *(Change(_stage(old, None), old, None) for old in spare)]
+
+
+def _stage(old: Item | None, new: Item | None) -> Stage:
+    """Where a change stands; a replacement that drops the memory of the sysctl is a removal."""
+    forgets = isinstance(old, Route | PolicyRule) and old.protocol == OURS_AND_SYSCTL
+    builds = new is not None and not forgets
+    match new or old:
+        case Sysctl():
+            return Stage.ADD_SYSCTL if builds else Stage.DROP_SYSCTL
+        case Route() | UnknownRoute():
+            return Stage.ADD_ROUTE if builds else Stage.DROP_ROUTE
+        case _:
+            return Stage.ADD_RULE if builds else Stage.DROP_RULE
+
+
+# Text ---------------------------------------------------------------------------------------------
+
+
+def render(state: KernelState) -> str:
+    """The state for people: the commands that would make it, then the firewall in words."""
+    lines = [item.command for item in (*state.routes, *state.sysctls, *state.rules)]
+    for chain in state.firewall:
+        if isinstance(chain, Unknown):
+            lines.append(str(chain))
+            continue
+        lines.append(f"chain {chain.name}" + (f" at {chain.hook}:" if chain.hook else ":"))
+        for rule in chain.rules:
+            lines.append(f"    {rule}")
+            if isinstance(rule, Rule) and rule.comment:
+                lines.append(f"        # {rule.comment}")
+    return "".join(f"{line}\n" for line in lines)

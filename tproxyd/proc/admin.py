@@ -1,0 +1,171 @@
+"""The admin endpoint: /livez, /readyz, /metrics and /status over HTTP/1.1, read-only.
+
+For probes, Prometheus and `tproxyd status`. It runs in the supervisor's loop and so must never
+hurt it: a request is a head of at most 8 KiB, sent within 5 seconds, on one of at most 64
+connections (the next is closed at once), answered once and closed; whatever goes wrong ends that
+connection and nothing else.
+No TLS and no authentication: it listens on 127.0.0.1 unless told otherwise, and changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import socket
+from collections.abc import Mapping
+from typing import Protocol
+
+from tproxyd.addr import Endpoint
+from tproxyd.errors import KernelError
+
+log = logging.getLogger("tproxyd")
+
+PATHS = {
+    "/livez": "200 while the supervisor runs",
+    "/readyz": "200 when every worker accepts and the kernel state is as configured, else 503",
+    "/metrics": "for Prometheus",
+    "/status": "everything at once, as JSON",
+}
+# What Apache and nginx allow one line of a request; a probe's whole head has 200 bytes.
+MAX_HEAD = 8192
+# For the head to arrive, and again for the answer to be taken. Kubernetes gives up after 1 s,
+# Prometheus after 10.
+HEAD_TIMEOUT_S = 5.0
+ANSWER_TIMEOUT_S = 5.0
+# Far more than probes and scrapers ever hold open at once; 64 heads are 512 KiB.
+MAX_CONNECTIONS = 64
+
+_END = b"\r\n\r\n"
+_REASONS = {200: "OK", 400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed"}
+_REASONS |= {500: "Internal Server Error", 503: "Service Unavailable"}
+
+
+class Provider(Protocol):
+    """Who knows the answers; the supervisor."""
+
+    async def unready(self) -> list[str]:
+        """Why this daemon is not ready, a sentence each; empty when it is."""
+
+    async def status(self) -> Mapping[str, object]:
+        """What /status shows."""
+
+    def metrics(self) -> tuple[bytes, str]:
+        """The body of /metrics and its content type."""
+
+
+def open_socket(where: Endpoint) -> socket.socket:
+    """The listening socket; KernelError that says what to try."""
+    sock = socket.socket(
+        socket.AF_INET6 if where.is_v6 else socket.AF_INET,
+        socket.SOCK_STREAM | socket.SOCK_NONBLOCK,
+    )
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(where)
+        sock.listen(MAX_CONNECTIONS)
+    except OSError as error:
+        sock.close()
+        raise KernelError(
+            f"listen on {where} for the admin endpoint",
+            (error.strerror or str(error)).lower(),
+            'choose another address with admin = "ADDRESS:PORT", or none with admin = ""',
+        ) from error
+    return sock
+
+
+class Server:
+    """`server = await Server.start(sock, provider)`, and `await server.close()` at the end."""
+
+    def __init__(self, provider: Provider) -> None:
+        self._provider = provider
+        self._connections: set[asyncio.Task[None]] = set()
+
+    @classmethod
+    async def start(cls, sock: socket.socket, provider: Provider) -> Server:
+        server = cls(provider)
+        # readuntil() compares its limit with what stands before the blank line.
+        limit = MAX_HEAD - len(_END)
+        server._server = await asyncio.start_server(server._accepted, sock=sock, limit=limit)
+        return server
+
+    _server: asyncio.Server
+
+    async def close(self) -> None:
+        """Stop listening; answers under way get no further."""
+        self._server.close()
+        for task in self._connections:
+            task.cancel()
+        await asyncio.gather(*self._connections, return_exceptions=True)
+
+    def _accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if len(self._connections) >= MAX_CONNECTIONS:
+            writer.transport.abort()
+            return
+        task = asyncio.get_running_loop().create_task(self._serve(reader, writer))
+        self._connections.add(task)
+        task.add_done_callback(self._connections.discard)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            answer = await self._answer(reader)
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                writer.write(answer)
+                await writer.drain()
+                writer.write_eof()
+                # A close over bytes that nobody read is a reset, which overtakes the answer.
+                while await reader.read(MAX_HEAD):
+                    pass
+        except (OSError, TimeoutError, asyncio.IncompleteReadError):
+            pass  # the other end left, or fell silent
+        finally:
+            writer.transport.abort()
+
+    async def _answer(self, reader: asyncio.StreamReader) -> bytes:
+        try:
+            async with asyncio.timeout(HEAD_TIMEOUT_S):
+                head = await reader.readuntil(_END)
+        except asyncio.LimitOverrunError:
+            return _plain(400, f"the head of a request may have {MAX_HEAD} bytes here")
+        match head.split(b"\r\n", 1)[0].split(b" "):
+            case [method, target, b"HTTP/1.0" | b"HTTP/1.1"] if target.startswith(b"/"):
+                pass
+            case _:
+                return _plain(400, "this is not an HTTP/1.1 request")
+        if method not in (b"GET", b"HEAD"):
+            return _plain(405, "only GET and HEAD are answered here", "Allow: GET, HEAD\r\n")
+        try:
+            answer = await self._route(target.split(b"?", 1)[0].decode("latin-1"))
+        except Exception:
+            log.exception("the admin endpoint could not answer %r; this is a bug", target)
+            answer = _plain(500, "this is a bug; the log of tproxyd says more")
+        return answer.partition(_END)[0] + _END if method == b"HEAD" else answer
+
+    async def _route(self, path: str) -> bytes:
+        match path:
+            case "/livez":
+                return _plain(200, "ok")
+            case "/readyz":
+                reasons = await self._provider.unready()
+                return _plain(503, "\n".join(reasons)) if reasons else _plain(200, "ok")
+            case "/metrics":
+                body, kind = self._provider.metrics()
+                return _response(200, kind, body)
+            case "/status":
+                text = json.dumps(await self._provider.status(), indent=2) + "\n"
+                return _response(200, "application/json", text.encode())
+            case _:
+                known = "".join(f"\n  {each:<9} {what}" for each, what in PATHS.items())
+                return _plain(404, f"there is nothing at this path; there is:{known}")
+
+
+def _plain(code: int, text: str, headers: str = "") -> bytes:
+    return _response(code, "text/plain; charset=utf-8", f"{text}\n".encode(), headers)
+
+
+def _response(code: int, kind: str, body: bytes, headers: str = "") -> bytes:
+    head = (
+        f"HTTP/1.1 {code} {_REASONS[code]}\r\nContent-Type: {kind}\r\n"
+        f"Content-Length: {len(body)}\r\nConnection: close\r\n{headers}\r\n"
+    )
+    return head.encode() + body

@@ -1,0 +1,88 @@
+"""Forking a child that shares nothing with its parent but what it is given.
+
+The supervisor forks its workers and the reconciler, without exec: what is imported is shared
+memory, and a worker that replaces a dead one starts at once. The price is that a child is born
+inside the parent's event loop, with the parent's sockets. So, in this order:
+
+- every signal is blocked across the fork: a handler of the parent, run in the child, would write to
+  the wake-up pipe that both now share;
+- everything that exists is frozen (gc.freeze): an object of the parent that the child's collector
+  found would close its file descriptor, whose number the child may be using for something else;
+- every file descriptor but the kept ones is closed, whoever opened it: the epoll and wake-up pair
+  of the loop, admin connections, the other children's control sockets. Above all those: a child
+  learns of the supervisor's death by EOF on its own, and a copy in a sibling would hide it;
+- signals have their defaults again, but SIGTERM and SIGINT are ignored: Ctrl-C and systemd's
+  KillMode=control-group reach every process at once, and what a child should do at a stop, and
+  when, the supervisor tells it over its socket.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+
+EXIT_BUG = 70  # an exception nobody expected: EX_SOFTWARE of sysexits.h
+
+
+def fork(body: Callable[[], None], keep: Iterable[int]) -> int:
+    """Run `body` in a child process, which then exits 0, or as SystemExit says; its pid.
+
+    stdin, stdout, stderr and the file descriptors in `keep` stay open in the child. OSError when
+    there can be no more processes.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        pid = os.fork()
+    except BaseException:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        raise
+    if pid:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return pid
+    code = EXIT_BUG
+    try:
+        gc.freeze()
+        _close_all_but({0, 1, 2, *keep})
+        _default_signals()
+        body()
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else EXIT_BUG
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        _flush()
+        os._exit(code)  # neither atexit nor the parent's finally blocks are ours to run
+
+
+def _close_all_but(keep: set[int]) -> None:
+    low = 0
+    for fd in sorted(keep):
+        if low < fd:  # os.closerange(0, 0) wraps around and closes everything
+            os.closerange(low, fd)  # close_range(2): one call a gap, however wide
+        low = fd + 1
+    os.closerange(low, 1 << 30)
+
+
+def _default_signals() -> None:
+    signal.set_wakeup_fd(-1)
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+        # SIGPIPE and SIGXFSZ stay ignored, as in every Python: their errno says it better.
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # whoever read it is gone
+            stream.flush()

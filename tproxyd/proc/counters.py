@@ -1,0 +1,164 @@
+"""The page of counters that workers write and the supervisor reads, and its export.
+
+Anonymous shared memory, made before the first worker is forked. A row belongs to a slot, not to a
+process: the worker that replaces a dead one goes on adding where that one stopped, so no counter
+ever goes backwards; only gauges, which described the dead process, return to zero. flow/tally.py
+says which cell means what.
+
+A cell is one aligned 64-bit store of one writer, which x86-64 and arm64 never tear; a reader may
+see one cell of a row a moment newer than another, and nothing here depends on more.
+
+prometheus-client turns the sums into text, and nothing else of it is used: its process, platform
+and gc collectors would describe the supervisor, which carries no traffic.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from tproxyd import __version__
+from tproxyd.flow.tally import Cell, Kind, Layout, Metric
+
+if TYPE_CHECKING:
+    from prometheus_client.metrics_core import Metric as Family
+
+# Rows start on cache lines of their own: two workers adding to one line would slow each other down.
+_CACHE_LINE = 64
+
+
+class Page:
+    """One row of 64-bit cells per worker slot."""
+
+    def __init__(self, layout: Layout, slots: int) -> None:
+        self.layout = layout
+        stride = -(-len(layout) * 8 // _CACHE_LINE) * _CACHE_LINE
+        memory = memoryview(mmap.mmap(-1, stride * slots))  # shared with every later fork
+        self.rows: list[memoryview] = [
+            memory[i * stride : i * stride + len(layout) * 8].cast("q") for i in range(slots)
+        ]
+
+    def sums(self) -> list[int]:
+        """Every cell of the layout, added up over the slots."""
+        return [sum(column) for column in zip(*self.rows, strict=True)]
+
+    def get(self, slot: int, metric: Metric) -> int:
+        """The cells of `metric` in one slot, added up over its labels."""
+        row = self.rows[slot]
+        return sum(row[i] for i, cell in enumerate(self.layout.cells) if cell.metric is metric)
+
+    def reset_gauges(self, slot: int) -> None:
+        """The slot's worker is gone, and what it had open with it."""
+        for i in self.layout.gauges():
+            self.rows[slot][i] = 0
+
+
+class Samples(NamedTuple):
+    """A metric's cells and their sums."""
+
+    metric: Metric
+    values: tuple[tuple[tuple[str, ...], int], ...]  # (label values, sum)
+
+    def only(self) -> int:
+        """The value of a metric without labels."""
+        ((_, value),) = self.values
+        return value
+
+    def by(self, label: str) -> dict[str, int]:
+        """Sums by one label."""
+        at = self.metric.labels.index(label)
+        sums: dict[str, int] = {}
+        for labels, value in self.values:
+            sums[labels[at]] = sums.get(labels[at], 0) + value
+        return sums
+
+
+def samples(cells: Iterable[Cell], sums: Iterable[int]) -> dict[str, Samples]:
+    """The sums by metric name."""
+    found: dict[str, list[tuple[tuple[str, ...], int]]] = {}
+    metrics: dict[str, Metric] = {}
+    for cell, value in zip(cells, sums, strict=True):
+        metrics[cell.metric.name] = cell.metric
+        found.setdefault(cell.metric.name, []).append((cell.labels, value))
+    return {name: Samples(metric, tuple(found[name])) for name, metric in metrics.items()}
+
+
+class Histogram(NamedTuple):
+    """Bucket cells, which each hold their own share only, as Prometheus and people read them."""
+
+    observed: int
+    seconds: float
+    cumulative: tuple[tuple[str, int], ...]  # (upper bound, observations up to it), "+Inf" last
+
+    @classmethod
+    def of(cls, of: Samples) -> Histogram:
+        cells = dict(of.values)
+        microseconds = cells.pop(("sum",))
+        total = 0
+        cumulative: list[tuple[str, int]] = []
+        for (bound,), value in cells.items():
+            total += value
+            cumulative.append((bound, total))
+        return cls(total, microseconds / 1e6, tuple(cumulative))
+
+
+class Own(NamedTuple):
+    """What the supervisor counts itself."""
+
+    workers: int  # ready now
+    worker_restarts: int
+    kernel_drift: int
+
+
+def exposition(page: Page, own: Own) -> tuple[bytes, str]:
+    """The body of /metrics and its content type."""
+    # Imported at the first scrape: 60 ms and 5.5 MB that a daemon nobody scrapes need not spend,
+    # and a start none should wait for.
+    from prometheus_client import CollectorRegistry, generate_latest
+    from prometheus_client.registry import Collector
+
+    class Once(Collector):
+        def collect(self) -> Iterator[Family]:
+            return _families(samples(page.layout.cells, page.sums()), own)
+
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(Once())
+    return generate_latest(registry), "text/plain; version=0.0.4; charset=utf-8"
+
+
+def _families(of: dict[str, Samples], own: Own) -> Iterator[Family]:
+    from prometheus_client.metrics_core import (
+        CounterMetricFamily,
+        GaugeMetricFamily,
+        HistogramMetricFamily,
+    )
+
+    for name, each in of.items():
+        about, labels = each.metric.help, each.metric.labels
+        if each.metric.kind is Kind.HISTOGRAM:
+            histogram = Histogram.of(each)
+            yield HistogramMetricFamily(
+                name, about, buckets=histogram.cumulative, sum_value=histogram.seconds
+            )
+            continue
+        family: CounterMetricFamily | GaugeMetricFamily
+        if each.metric.kind is Kind.COUNTER:
+            family = CounterMetricFamily(name, about, labels=labels)
+        else:
+            family = GaugeMetricFamily(name, about, labels=labels)
+        for values, number in each.values:
+            family.add_metric(values, number)
+        yield family
+    yield GaugeMetricFamily("tproxyd_workers", "Workers that accept now.", own.workers)
+    yield CounterMetricFamily(
+        "tproxyd_worker_restarts", "Workers that died and were replaced.", own.worker_restarts
+    )
+    yield CounterMetricFamily(
+        "tproxyd_kernel_drift",
+        "Times the kernel state stopped being what the configuration asks for.",
+        own.kernel_drift,
+    )
+    build = GaugeMetricFamily("tproxyd_build_info", "Always 1.", labels=("version",))
+    build.add_metric((__version__,), 1)
+    yield build

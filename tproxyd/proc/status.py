@@ -1,0 +1,201 @@
+"""The picture of a running daemon: what /status says as JSON, and how `tproxyd status` draws it.
+
+Both ends of one format, in one file. Every key is always there, zeros too: what people write
+against this must not depend on what has happened so far. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TypedDict
+
+from tproxyd.config import EVERY_PORT, Intercept, PortRanges
+from tproxyd.flow.tally import ACTIVE, CONNECT_SECONDS, CONNECTIONS, METRICS, Kind
+from tproxyd.proc.counters import Histogram, Samples
+
+
+class ListenerPart(TypedDict):
+    name: str
+    port: int
+    families: list[str]
+    intercept: str
+
+
+class WorkerPart(TypedDict):
+    slot: int
+    pid: int  # 0: there is none right now
+    state: str
+    active: int
+    started: str  # ISO 8601, UTC
+
+
+class ConnectionsPart(TypedDict):
+    active: int
+    total: int  # ended
+    by_close_reason: dict[str, int]
+
+
+class KernelPart(TypedDict):
+    state: str  # "ok", "drift", "not installed", "unknown"
+    detail: list[str]
+    return_path: str
+    checked_s_ago: float | None
+
+
+class Snapshot(TypedDict):
+    version: str
+    pid: int
+    uptime_s: float
+    ready: bool
+    not_ready_because: list[str]
+    listeners: list[ListenerPart]
+    workers: list[WorkerPart]
+    connections: ConnectionsPart
+    counters: dict[str, object]
+    kernel: KernelPart
+
+
+def connections_part(of: dict[str, Samples]) -> ConnectionsPart:
+    ended = of[CONNECTIONS.name].by("close_reason")
+    return {
+        "active": sum(of[ACTIVE.name].by("listener").values()),
+        "total": sum(ended.values()),
+        "by_close_reason": ended,
+    }
+
+
+def counters_part(of: dict[str, Samples]) -> dict[str, object]:
+    """Every other metric under its own name, nested by its labels."""
+    part: dict[str, object] = {}
+    for metric in METRICS:
+        each = of[metric.name]
+        if metric.kind is Kind.HISTOGRAM:
+            histogram = Histogram.of(each)
+            part[metric.name] = {"count": histogram.observed, "seconds": histogram.seconds}
+        elif metric is not ACTIVE and metric is not CONNECTIONS:
+            part[metric.name] = _nested(each)
+    return part
+
+
+def _nested(of: Samples) -> object:
+    if not of.metric.labels:
+        return of.only()
+    tree: dict[str, object] = {}
+    for (*branches, leaf), value in of.values:
+        at = tree
+        for branch in branches:
+            at = at.setdefault(branch, {})  # type: ignore[assignment]
+        at[leaf] = value
+    return tree
+
+
+def describe(intercept: Intercept) -> str:
+    """What a listener takes, in words: "every port but 15020-15021, 15090; from 10.0.0.0/8"."""
+    text = "every port" if intercept.ports == EVERY_PORT else f"ports {_ports(intercept.ports)}"
+    if intercept.exclude_ports:
+        text += f" but {_ports(intercept.exclude_ports)}"
+    for word, items in (
+        ("from", [str(n) for n in intercept.sources.networks]),
+        ("to", [str(n) for n in intercept.destinations.networks]),
+        ("arriving on", list(intercept.interfaces)),
+    ):
+        if items:
+            text += f"; {word} {', '.join(items)}"
+    return text
+
+
+def _ports(ranges: PortRanges) -> str:
+    return ", ".join(f"{low}" if low == high else f"{low}-{high}" for low, high in ranges)
+
+
+# Drawing ----------------------------------------------------------------------------------------
+
+
+def draw(s: Snapshot) -> str:
+    """The screen of `tproxyd status`; what never happened is left out."""
+    return "".join(f"{line}\n" for line in _lines(s))
+
+
+def _lines(s: Snapshot) -> Iterator[str]:
+    state = "ready" if s["ready"] else "not ready"
+    yield f"tproxyd {s['version']}, {state}, pid {s['pid']}, up {_duration(s['uptime_s'])}"
+    yield from (f"  {reason}" for reason in s["not_ready_because"])
+    yield ""
+    kernel = s["kernel"]
+    by = f", answers come home by {kernel['return_path']}" if kernel["return_path"] else ""
+    ago = kernel["checked_s_ago"]
+    yield f"kernel state: {kernel['state']}{by}{'' if ago is None else f' ({ago:.0f} s ago)'}"
+    yield from (f"  {sentence}" for sentence in kernel["detail"])
+    yield ""
+    yield from _columns(
+        ["LISTENER", "PORT", "FAMILIES", "INTERCEPTS"],
+        [
+            [each["name"], f"{each['port']}", "+".join(each["families"]), each["intercept"]]
+            for each in s["listeners"]
+        ],
+    )
+    yield ""
+    yield from _columns(
+        ["WORKER", "PID", "STATE", "CONNECTIONS", "STARTED"],
+        [
+            [f"{w['slot']}", f"{w['pid'] or '-'}", w["state"], f"{w['active']}", w["started"]]
+            for w in s["workers"]
+        ],
+    )
+    yield ""
+    connections = s["connections"]
+    yield f"connections: {connections['active']} open, {connections['total']} ended"
+    yield from _counts(connections["by_close_reason"])
+    seconds = s["counters"][CONNECT_SECONDS.name]
+    assert isinstance(seconds, dict)
+    if seconds["count"]:
+        mean = seconds["seconds"] / seconds["count"] * 1000
+        yield ""
+        yield f"upstream connect: {mean:.2f} ms on average"
+    for metric in METRICS:
+        value = s["counters"].get(metric.name)
+        if metric is CONNECT_SECONDS or value is None:
+            continue
+        flat = dict(_flat(value, ()))
+        if any(flat.values()):
+            yield ""
+            name = metric.name.removeprefix("tproxyd_").replace("_", " ")
+            if isinstance(value, int):
+                yield f"{name}: {value}"
+            else:
+                yield f"{name}:"
+                yield from _counts(flat)
+
+
+def _flat(value: object, path: tuple[str, ...]) -> Iterator[tuple[str, int]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flat(inner, (*path, key))
+    else:
+        assert isinstance(value, int)
+        yield " ".join(path), value
+
+
+def _counts(counts: dict[str, int]) -> Iterator[str]:
+    shown = {name: count for name, count in counts.items() if count}
+    names = max(map(len, shown), default=0)
+    numbers = max((len(str(count)) for count in shown.values()), default=0)
+    for name, count in shown.items():
+        yield f"  {name:<{names}}  {count:>{numbers}}"
+
+
+def _columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    for row in (head, *rows):
+        cells = (f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
+        yield "  ".join(cells).rstrip()
+
+
+def _duration(seconds: float) -> str:
+    minutes, s = divmod(int(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    days, h = divmod(hours, 24)
+    parts = [(days, "d"), (h, "h"), (m, "min"), (s, "s")]
+    while len(parts) > 1 and not parts[0][0]:
+        parts.pop(0)
+    return " ".join(f"{number} {unit}" for number, unit in parts[:2])

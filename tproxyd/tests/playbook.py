@@ -1,0 +1,335 @@
+"""A conversation between a walk and the world, written down before it happens.
+
+    Playbook(policy="require")
+    << "client recv"                >> b"PROXY TCP4 106.52.131.116 "
+    << "client recv"                >> NOTHING
+    << "wait for client until 5"    >> True
+    ...
+
+`<<` is what the walk does, `>>` what the world answers. A playbook is strict: the walk must do
+exactly this, in this order, and nothing is answered that is not written. The first deviation fails
+with the conversation up to there. No socket is involved: the playbook is the World and its streams.
+
+Written down is what a connection does to sockets, when it waits, and what it counts. Not written
+down, because nothing depends on its order: asking for the time (the clock starts at 0 and moves
+only while the walk waits) and for the names of sockets.
+
+After the last line the playbook itself checks what holds for every connection: exactly one record,
+every stream closed exactly once, nobody touched after it was closed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass
+from typing import Any, Final, NoReturn, TypeVar
+
+from tproxyd.addr import Endpoint, Peer, parse_prefix
+from tproxyd.addr import PrefixSet as Prefixes
+from tproxyd.config import HeaderPolicy, Listener, ProxyProtocol, SourceKind
+from tproxyd.errors import CloseReason, PeerError
+from tproxyd.flow import policy as policies
+from tproxyd.flow.connection import Lane, serve
+from tproxyd.flow.record import Record
+from tproxyd.flow.relay import Limits, Outcome, Relay
+from tproxyd.flow.stream import Bytes, Stream, Wait
+from tproxyd.flow.tally import HeaderResult, PortCause
+
+Result = TypeVar("Result")
+
+PEER = Endpoint("10.9.1.2", 40000)
+APP = Endpoint("10.9.1.1", 80)
+KERNEL_PORT = 45678  # what the kernel chooses in a playbook, when it is left to it
+FIN = Outcome(CloseReason.DOWNSTREAM_FIN, "", 3, 5, aborted=False)
+
+
+class _Word:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+NOTHING: Final = _Word("NOTHING")  # recv: no bytes yet
+EOF: Final = b""
+_UNANSWERED: Final = _Word("no answer")
+
+
+@dataclass(frozen=True)
+class Passed:
+    """Answers a wait: something happened, or the deadline passed, after so many seconds."""
+
+    seconds: float
+    happened: bool = True
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Answers a wait: the walk is ended from outside, as by a drain deadline."""
+
+    reason: CloseReason
+
+
+@dataclass
+class Line:
+    call: str
+    answer: Any = _UNANSWERED
+
+    def __str__(self) -> str:
+        return f"<< {self.call}" + (
+            "" if self.answer is _UNANSWERED else f"\n    >> {self.answer!r}"
+        )
+
+
+class FakeStream:
+    """A socket that says what the playbook says."""
+
+    def __init__(self, book: Playbook, name: str, number: int, local: Endpoint | None) -> None:
+        self.book, self.name, self.number, self.local = book, name, number, local
+        self.closed = False
+
+    def fileno(self) -> int:
+        return self.number
+
+    def getsockname(self) -> Any:  # noqa: ANN401
+        self._open()
+        if isinstance(self.local, OSError):
+            raise self.local
+        assert self.local is not None, f"{self.name} has no name yet"
+        return (*self.local, 0, 0) if self.local.is_v6 else tuple(self.local)
+
+    def bind(self, address: Endpoint) -> None:
+        self._open()
+        self.book.call(f"bind {Endpoint(*address)}", default=None)
+        host, port = address
+        self.local = Endpoint(host, port)
+
+    def connect_ex(self, address: Endpoint) -> int:
+        self._open()
+        answer: int = self.book.call(f"connect {Endpoint(*address)}")
+        if self.local is None:
+            self.local = Endpoint("fd00::1" if ":" in address[0] else "10.9.1.1", KERNEL_PORT)
+        elif self.local.port == 0:
+            self.local = Endpoint(self.local.host, KERNEL_PORT)
+        return answer
+
+    def recv_into(self, buffer: bytearray | memoryview, nbytes: int, flags: int) -> int:
+        self._open()
+        answer = self.book.call(f"{self.name} recv")
+        if answer is NOTHING:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        assert len(answer) <= nbytes, f"asked for {nbytes} bytes, the script has {len(answer)}"
+        buffer[: len(answer)] = answer
+        return len(answer)
+
+    def send(self, data: Bytes, flags: int) -> int:
+        raise AssertionError("the walk itself never sends")
+
+    def setsockopt(self, level: int, name: int, value: int | bytes) -> None:
+        raise AssertionError("the walk itself sets no option")
+
+    def getsockopt(self, level: int, name: int, size: int) -> bytes:
+        raise AssertionError("the walk itself asks for no option")
+
+    def shutdown(self, how: int) -> None:
+        raise AssertionError("the walk itself shuts nothing down")
+
+    def close(self) -> None:
+        self._open()
+        self.closed = True
+
+    def _open(self) -> None:
+        assert not self.closed, f"{self.name} is used after it was closed"
+
+
+class Playbook:
+    """The World of one connection, and the script of what happens in it."""
+
+    def __init__(
+        self,
+        *,
+        policy: str | None = None,
+        source: str = "client",
+        peer: Endpoint = PEER,
+        dst: Endpoint | OSError = APP,
+        own_ports: Iterable[int] = (15006,),
+        kinds: dict[str, str] | None = None,  # linux.address_kind: host -> "own", "broadcast"
+        full: bool = False,
+        max_header_bytes: int = 4096,
+    ) -> None:
+        entries = (
+            (ProxyProtocol(Prefixes([parse_prefix(peer.host)]), HeaderPolicy(policy)),)
+            if policy
+            else ()
+        )
+        listener = Listener(
+            source=SourceKind(source),
+            proxy_protocol=entries,
+            max_connections=7,
+            max_header_bytes=max_header_bytes,
+        )
+        self.lane = Lane(
+            listener, policies.trust(entries), frozenset(own_ports), Limits(3600.0, 60.0)
+        )
+        self.peer, self.full, self.kinds = Peer(peer), full, kinds or {}
+        self.view = memoryview(bytearray(65536))
+        self.client = FakeStream(self, "client", 10, dst)  # type: ignore[arg-type]
+        self.streams: list[FakeStream] = [self.client]
+        self.lives: list[Record] = []
+        self.clock = 0.0
+        self.connect_seconds: list[float] = []
+        self._script: list[Line] = []
+        self._told: list[Line] = []
+        self._failed: AssertionError | None = None
+
+    # Writing the script ------------------------------------------------------------------------
+
+    def __lshift__(self, calls: str | list[Line]) -> Playbook:
+        self._script += [Line(calls)] if isinstance(calls, str) else calls
+        return self
+
+    def __rshift__(self, answer: object) -> Playbook:
+        assert self._script[-1].answer is _UNANSWERED, f"answered twice: {self._script[-1]}"
+        self._script[-1].answer = answer
+        return self
+
+    # Playing it --------------------------------------------------------------------------------
+
+    def play(self) -> Record:
+        """The whole life of a connection; what is on record of it."""
+        self.drive(serve(self.client, self.peer, self.lane, self))
+        assert len(self.lives) == 1, f"{len(self.lives)} records"
+        assert all(stream.closed for stream in self.streams), "a stream was left open"
+        return self.lives[0]
+
+    def drive(self, walk: Generator[Any, Any, Result]) -> Result:
+        """Any part of a walk; its result."""
+        try:
+            return self._drive(walk)
+        finally:
+            if self._failed is not None:  # the first deviation, not what came of it
+                raise self._failed
+
+    def _drive(self, walk: Generator[Any, Any, Result]) -> Result:
+        step: Callable[[], Any] = lambda: next(walk)  # noqa: E731
+        try:
+            while True:
+                answer = self._answer(step())
+                if isinstance(answer, Cut):
+                    error = PeerError(answer.reason, "from outside")
+                    step = lambda: walk.throw(error)  # noqa: B023,E731
+                else:
+                    step = lambda: walk.send(answer)  # noqa: B023,E731
+        except StopIteration as end:
+            if self._script:
+                self._fail("the walk has ended", f"still written: {self._script[0]}")
+            result: Result = end.value
+            return result
+
+    def _answer(self, yielded: Wait | Relay) -> object:
+        if isinstance(yielded, Relay):
+            assert yielded._downstream is self.client
+            assert yielded._upstream is self.streams[-1]
+            assert yielded._limits is self.lane.limits
+            early = bytes(yielded.up.rest)
+            return self.call(f"relay, first {early!r}" if early else "relay")
+        stream, deadline = yielded
+        assert isinstance(stream, FakeStream)
+        answer = self.call(f"wait for {stream.name} until {deadline:g}")
+        if isinstance(answer, Passed):
+            self.clock += answer.seconds
+            return answer.happened
+        if answer is False:
+            self.clock = max(self.clock, deadline)
+        return answer
+
+    def call(self, call: str, default: object = _UNANSWERED) -> Any:  # noqa: ANN401
+        """The walk does this: is it what is written, and what is the answer?"""
+        if self._failed is not None:
+            raise self._failed
+        if not self._script or self._script[0].call != call:
+            return self._fail(call, f"written: {self._script[0] if self._script else 'nothing'}")
+        line = self._script.pop(0)
+        self._told.append(line)
+        if isinstance(line.answer, OSError):
+            raise line.answer
+        if line.answer is not _UNANSWERED:
+            return line.answer
+        return default if default is not _UNANSWERED else self._fail(call, "has no answer")
+
+    def note(self, call: str) -> None:
+        self.call(call, default=None)
+
+    def _fail(self, call: str, why: str) -> NoReturn:
+        story = "".join(f"{line}\n" for line in self._told)
+        self._failed = AssertionError(f"the conversation:\n{story}!! {call}\n   {why}")
+        raise self._failed
+
+    # World -------------------------------------------------------------------------------------
+
+    def now(self) -> float:
+        return self.clock
+
+    def opened(self, lane: Lane) -> bool:
+        assert lane is self.lane
+        return not self.full
+
+    def kind_of(self, host: str) -> str:
+        return self.kinds.get(host, "")
+
+    def upstream_socket(self, v6: bool, spoof: bool) -> Stream:
+        assert self.streams[-1] is self.client or self.streams[-1].closed, "two upstream sockets"
+        self.note(f"socket IPv{6 if v6 else 4} as {'client' if spoof else 'proxy'}")
+        self.streams.append(FakeStream(self, "upstream", 10 + len(self.streams), None))
+        return self.streams[-1]
+
+    def late_bind(self, stream: Stream) -> None:
+        assert stream is self.streams[-1]
+        self.note("leave the port to connect")
+
+    def tuple_state(self, local: Endpoint, remote: Endpoint) -> int:
+        state: int = self.call(f"who holds {local} <- {remote}")
+        return state
+
+    def close(self, stream: Stream) -> None:
+        assert isinstance(stream, FakeStream)
+        self.note(f"close {stream.name}")
+        stream.close()
+
+    def count_header(self, version: str, result: HeaderResult) -> None:
+        self.note(f"count header {version} {result}")
+
+    def count_port_retry(self, cause: PortCause) -> None:
+        self.note(f"count port {cause}")
+
+    def count_fallback(self, cause: str) -> None:
+        self.note(f"count fallback {cause}")
+
+    def connected(self, seconds: float) -> None:
+        self.connect_seconds.append(seconds)
+
+    def ended(
+        self, lane: Lane, life: Record, downstream: Stream, upstream: Stream | None, aborted: bool
+    ) -> None:
+        assert lane is self.lane
+        assert downstream is self.client
+        assert upstream is None or upstream is self.streams[-1]
+        self.lives.append(life)
+        both = "both" if upstream is not None else "client"
+        self.note(f"end {both} by {'RST' if aborted else 'FIN'}: {life.reason}")
+        for stream in filter(None, (downstream, upstream)):
+            stream.close()
+
+
+def lines(*calls: str | tuple[str, object]) -> list[Line]:
+    return [Line(call) if isinstance(call, str) else Line(*call) for call in calls]
+
+
+def dials(source: str, to: str = str(APP), v: int = 4) -> list[Line]:
+    """A connect that is through at once, from this source; "" for the proxy's own."""
+    if not source:
+        return lines(f"socket IPv{v} as proxy", (f"connect {to}", 0))
+    return lines(f"socket IPv{v} as client", f"bind {source}", (f"connect {to}", 0))

@@ -1,0 +1,202 @@
+"""A model of TCP and of edge-triggered epoll that tells no more than the kernel promises.
+
+And no earlier (epoll(7), net/ipv4/tcp.c):
+
+- an edge comes when data, FIN or RST arrive, and when room becomes available after a send that
+  found too little; what an epoll_wait returns is the state of that moment, and it is told once;
+- room is announced only when a third of the send buffer is free (sk_stream_write_space);
+- anything may happen between two system calls of the relay, not only between two events.
+
+Bytes are numbered by their position in the stream, so that one lost, doubled or out of order is
+seen at once. An action of the relay that makes no sense on a socket fails.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from tproxyd.flow.relay import Relay
+from tproxyd.flow.stream import Bytes
+
+BUFFER = 16  # so that every way round a buffer is gone in a few steps
+IN, OUT, HUP, ERR = select.EPOLLIN, select.EPOLLOUT, select.EPOLLHUP, select.EPOLLERR
+RDHUP = select.EPOLLRDHUP
+BLOCKED = BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+
+def payload(position: int, size: int) -> bytes:
+    """The bytes that belong at this position of a stream: 251 is prime, so no buffer fits it."""
+    return bytes((position + i) % 251 for i in range(size))
+
+
+class Net:
+    """What happens meanwhile: actions of the far ends, done between two system calls."""
+
+    def __init__(self) -> None:
+        self.meanwhile: deque[Callable[[], None]] = deque()
+
+    def syscall(self) -> None:
+        if self.meanwhile:
+            self.meanwhile.popleft()()
+
+
+class FakeTcp:
+    """Our socket of one connection, and (far_*) what its other end does and has seen."""
+
+    def __init__(self, net: Net, name: str, number: int, window: int) -> None:
+        self.net, self.name, self.number, self.window = net, name, number, window
+        self.inbox = bytearray()  # arrived, not yet read by the relay
+        self.outbox = bytearray()  # sent by the relay, not yet read by the far end
+        self.far_sent = 0
+        self.far_got = 0
+        self.far_fin = False  # the far end sent FIN
+        self.far_rst = False
+        self.fin = False  # the relay sent FIN
+        self.error = 0  # sk_err
+        self.wants_room = False  # SOCK_NOSPACE
+        self.ready = False  # in epoll's ready list
+        self.registered = False
+
+    # The far end -------------------------------------------------------------------------------
+
+    def far_write(self, size: int) -> None:
+        size = min(size, self.window - len(self.inbox))
+        if size <= 0 or self.far_fin or self.far_rst:
+            return
+        self.inbox += payload(self.far_sent, size)
+        self.far_sent += size
+        self.wake()
+
+    def far_finish(self) -> None:
+        if not (self.far_fin or self.far_rst):
+            self.far_fin = True
+            self.wake()
+
+    def far_reset(self) -> None:
+        if not self.far_rst:
+            self.far_rst = True
+            self.error = errno.EPIPE if self.far_fin else errno.ECONNRESET  # tcp_reset()
+            self.outbox.clear()
+            self.wake()
+
+    def far_read(self, size: int) -> None:
+        got = bytes(self.outbox[:size])
+        del self.outbox[:size]
+        assert got == payload(self.far_got, len(got)), f"{self.name} got other bytes than were sent"
+        self.far_got += len(got)
+        if self.wants_room and 3 * (self.window - len(self.outbox)) >= self.window:
+            self.wants_room = False
+            self.wake()
+
+    # epoll -------------------------------------------------------------------------------------
+
+    def wake(self) -> None:
+        self.ready = self.registered
+
+    def mask(self) -> int:
+        """tcp_poll()"""
+        events = 0
+        if self.inbox:
+            events |= IN
+        if self.far_fin or self.far_rst:
+            events |= IN | RDHUP
+        if self.far_rst or (self.far_fin and self.fin):
+            events |= HUP
+        if self.error:
+            events |= ERR
+        if self.fin or self.far_rst or 3 * (self.window - len(self.outbox)) >= self.window:
+            events |= OUT
+        return events
+
+    # Stream ------------------------------------------------------------------------------------
+
+    def recv_into(self, buffer: bytearray | memoryview, nbytes: int, flags: int) -> int:
+        self.net.syscall()
+        assert flags & socket.MSG_DONTWAIT
+        size = min(nbytes, len(self.inbox))
+        if not size:
+            if self.far_fin:  # SOCK_DONE: an end stays an end, whatever came after it
+                return 0
+            if self.error:
+                raise self._take_error()
+            if self.far_rst:
+                return 0
+            raise BLOCKED
+        buffer[:size] = self.inbox[:size]
+        del self.inbox[:size]
+        return size
+
+    def send(self, data: Bytes, flags: int) -> int:
+        self.net.syscall()
+        assert flags & socket.MSG_DONTWAIT
+        assert flags & socket.MSG_NOSIGNAL
+        assert len(data), "an empty send"
+        assert not self.fin, "a send after the end"
+        if self.error:
+            raise self._take_error()
+        if self.far_rst:
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+        size = min(len(data), self.window - len(self.outbox))
+        if size < len(data):
+            self.wants_room = True
+        if not size:
+            raise BLOCKED
+        self.outbox += data[:size]
+        return size
+
+    def shutdown(self, how: int) -> None:
+        self.net.syscall()
+        assert how == socket.SHUT_WR
+        assert not self.fin, "shut down twice"
+        if self.far_rst:
+            raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
+        self.fin = True
+
+    def getsockopt(self, level: int, name: int, size: int) -> bytes:
+        assert (level, name) == (socket.SOL_SOCKET, socket.SO_ERROR)
+        code, self.error = self.error, 0
+        return code.to_bytes(size, "little")
+
+    def _take_error(self) -> OSError:
+        code, self.error = self.error, 0
+        return OSError(code, os.strerror(code))
+
+    def fileno(self) -> int:
+        return self.number
+
+    def _never(self, *_: object) -> Any:  # noqa: ANN401
+        raise AssertionError("a relay does not do this")
+
+    getsockname = bind = connect_ex = setsockopt = close = _never
+
+
+class FakeDriver:
+    """The engine as a relay sees it."""
+
+    def __init__(self, *streams: FakeTcp) -> None:
+        self.view = memoryview(bytearray(BUFFER))
+        self.now = 0.0
+        self.streams = streams
+        self.handlers: dict[FakeTcp, Callable[[int], None]] = {}
+        self.tasks: deque[Callable[[], None]] = deque()
+        self.due: float | None = None
+
+    def watch(self, stream: Any, handler: Callable[[int], None]) -> bool:  # noqa: ANN401
+        first = not stream.registered
+        stream.registered = True
+        self.handlers[stream] = handler
+        if first:
+            stream.ready = bool(stream.mask())  # EPOLL_CTL_ADD looks once
+        return first
+
+    def again(self, task: Callable[[], None]) -> None:
+        self.tasks.append(task)
+
+    def set_timer(self, item: Relay, due: float) -> None:
+        self.due = due

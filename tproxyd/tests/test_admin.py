@@ -1,0 +1,262 @@
+"""The admin endpoint over real sockets, and what it bears."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import Awaitable, Callable, Mapping
+
+import pytest
+
+from tproxyd.addr import Endpoint
+from tproxyd.errors import KernelError
+from tproxyd.proc import admin
+
+LOOPBACK = Endpoint("127.0.0.1", 0)
+
+
+class Provider:
+    def __init__(self) -> None:
+        self.reasons: list[str] = []
+        self.broken = False
+
+    async def unready(self) -> list[str]:
+        return self.reasons
+
+    async def status(self) -> Mapping[str, object]:
+        return {"ready": True}
+
+    def metrics(self) -> tuple[bytes, str]:
+        if self.broken:
+            raise RuntimeError("a bug")
+        return b"tproxyd_workers 2\n", "text/plain; version=0.0.4"
+
+
+class Scene:
+    """A server, its provider, and a client for it."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.where = sock.getsockname()[:2]
+        self.provider = Provider()
+
+    async def send(self, request: bytes) -> tuple[str, str]:
+        """Head and body of the answer, which ends the connection."""
+        with await self.connect() as client:
+            return await self.ask(client, request)
+
+    async def connect(self) -> socket.socket:
+        client = socket.create_connection(self.where)
+        client.setblocking(False)
+        return client
+
+    async def ask(self, client: socket.socket, request: bytes) -> tuple[str, str]:
+        loop, answer = asyncio.get_running_loop(), b""
+        await loop.sock_sendall(client, request)
+        async with asyncio.timeout(5):
+            while data := await loop.sock_recv(client, 65536):
+                answer += data
+        head, _, body = answer.decode().partition("\r\n\r\n")
+        return head, body
+
+    async def refuses(self) -> bool:
+        """Whether a request is turned away unanswered."""
+        try:
+            return await self.send(b"GET /livez HTTP/1.1\r\n\r\n") == ("", "")
+        except ConnectionError:
+            return True
+
+    async def get(self, path: str, method: str = "GET") -> tuple[int, str, str]:
+        head, body = await self.send(f"{method} {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        return int(head.split()[1]), head, body
+
+
+def in_scene(
+    test: Callable[[Scene], Awaitable[None]], where: Endpoint = LOOPBACK
+) -> list[Mapping[str, object]]:
+    """Run a test against a server; what its loop was bothered with."""
+    bothered: list[Mapping[str, object]] = []
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, about: bothered.append(about))
+        sock = admin.open_socket(where)
+        scene = Scene(sock)
+        server = await admin.Server.start(sock, scene.provider)
+        try:
+            await test(scene)
+        finally:
+            await server.close()
+
+    asyncio.run(main())
+    return bothered
+
+
+def test_livez() -> None:
+    async def test(scene: Scene) -> None:
+        code, head, body = await scene.get("/livez")
+        assert (code, body) == (200, "ok\n")
+        assert "Connection: close" in head
+
+    assert not in_scene(test)
+
+
+def test_readyz_says_why_not() -> None:
+    async def test(scene: Scene) -> None:
+        assert (await scene.get("/readyz"))[0] == 200
+        scene.provider.reasons = ["worker 1 is down", "kernel state: drift: no rule"]
+        code, _, body = await scene.get("/readyz")
+        assert (code, body) == (503, "worker 1 is down\nkernel state: drift: no rule\n")
+
+    assert not in_scene(test)
+
+
+def test_metrics_and_status() -> None:
+    async def test(scene: Scene) -> None:
+        code, head, body = await scene.get("/metrics?name=x")
+        assert (code, body) == (200, "tproxyd_workers 2\n")
+        assert "Content-Type: text/plain; version=0.0.4\r\n" in head
+        code, head, body = await scene.get("/status")
+        assert json.loads(body) == {"ready": True}
+        assert "Content-Type: application/json\r\n" in head
+
+    assert not in_scene(test)
+
+
+def test_head_has_the_length_and_no_body() -> None:
+    async def test(scene: Scene) -> None:
+        code, head, body = await scene.get("/metrics", "HEAD")
+        assert (code, body) == (200, "")
+        assert "Content-Length: 18\r\n" in head
+
+    assert not in_scene(test)
+
+
+def test_ipv6() -> None:
+    async def test(scene: Scene) -> None:
+        assert (await scene.get("/livez"))[0] == 200
+
+    assert not in_scene(test, Endpoint("::1", 0))
+
+
+@pytest.mark.parametrize("path", ["/", "/metric", "/livez/", "//livez", "/%00"])
+def test_another_path_is_404_and_names_those_there_are(path: str) -> None:
+    async def test(scene: Scene) -> None:
+        code, _, body = await scene.get(path)
+        assert code == 404
+        assert all(known in body for known in ("/livez", "/readyz", "/metrics", "/status"))
+
+    assert not in_scene(test)
+
+
+@pytest.mark.parametrize("method", ["POST", "DELETE", "get", "OPTIONS"])
+def test_another_method_is_405(method: str) -> None:
+    async def test(scene: Scene) -> None:
+        code, head, _ = await scene.get("/livez", method)
+        assert code == 405
+        assert "Allow: GET, HEAD" in head
+
+    assert not in_scene(test)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"\r\n\r\n",
+        b"GET /livez\r\n\r\n",
+        b"GET  /livez HTTP/1.1\r\n\r\n",
+        b"GET /livez HTTP/2\r\n\r\n",
+        b"GET http://x/livez HTTP/1.1\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",  # who speaks TLS to us
+        b"PROXY TCP4 1.2.3.4 5.6.7.8 1 2\r\n\r\n",
+    ],
+)
+def test_what_is_not_http_is_400(request_: bytes) -> None:
+    async def test(scene: Scene) -> None:
+        head, _ = await scene.send(request_)
+        assert head.startswith("HTTP/1.1 400 ")
+
+    assert not in_scene(test)
+
+
+def test_a_head_has_8_kib() -> None:
+    async def test(scene: Scene) -> None:
+        start = b"GET /livez HTTP/1.1\r\nX: "
+        fits = start + b"x" * (admin.MAX_HEAD - len(start) - 4) + b"\r\n\r\n"
+        assert (await scene.send(fits))[0].startswith("HTTP/1.1 200 ")
+        endless = start + b"x" * (2 * admin.MAX_HEAD)
+        assert (await scene.send(endless))[0].startswith("HTTP/1.1 400 ")
+
+    assert not in_scene(test)
+
+
+def test_a_silent_client_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admin, "HEAD_TIMEOUT_S", 0.02)
+
+    async def test(scene: Scene) -> None:
+        assert await scene.send(b"GET /livez HTT") == ("", "")
+
+    assert not in_scene(test)
+
+
+def test_a_client_that_takes_no_answer_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admin, "ANSWER_TIMEOUT_S", 0.02)
+    monkeypatch.setattr(admin, "MAX_CONNECTIONS", 1)
+
+    async def test(scene: Scene) -> None:
+        large = b"x" * 50_000_000  # more than any socket buffer takes
+        scene.provider.metrics = lambda: (large, "text/plain")  # type: ignore[method-assign]
+        with await scene.connect() as client:
+            loop = asyncio.get_running_loop()
+            await loop.sock_sendall(client, b"GET /metrics HTTP/1.1\r\n\r\n")
+            async with asyncio.timeout(5):
+                while await scene.refuses():
+                    pass
+
+    assert not in_scene(test)
+
+
+def test_more_than_64_at_once_are_closed_and_those_served() -> None:
+    async def test(scene: Scene) -> None:
+        held = [await scene.connect() for _ in range(admin.MAX_CONNECTIONS)]
+        assert await scene.refuses()
+        for client in held:
+            with client:
+                _, body = await scene.ask(client, b"GET /livez HTTP/1.1\r\n\r\n")
+                assert body == "ok\n"
+        assert not await scene.refuses()
+
+    assert not in_scene(test)
+
+
+def test_a_client_that_leaves_does_no_harm() -> None:
+    async def test(scene: Scene) -> None:
+        for request in (b"", b"GET /li", b"GET /metrics HTTP/1.1\r\n\r\n"):
+            client = socket.create_connection(scene.where)
+            client.send(request)
+            linger = b"\1\0\0\0\0\0\0\0"  # close with RST
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            client.close()
+        assert (await scene.get("/livez"))[0] == 200
+
+    assert not in_scene(test)
+
+
+def test_a_bug_is_500_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+    async def test(scene: Scene) -> None:
+        scene.provider.broken = True
+        assert (await scene.get("/metrics"))[0] == 500
+        assert (await scene.get("/livez"))[0] == 200
+
+    assert not in_scene(test)
+    assert "this is a bug" in caplog.text
+
+
+def test_a_port_that_is_taken_says_what_to_do() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = Endpoint("127.0.0.1", other.getsockname()[1])
+        with pytest.raises(KernelError) as caught:
+            admin.open_socket(taken)
+    assert str(caught.value) == (
+        f"can't listen on {taken} for the admin endpoint: address already in use;"
+        ' choose another address with admin = "ADDRESS:PORT", or none with admin = ""'
+    )

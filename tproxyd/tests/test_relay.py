@@ -1,0 +1,443 @@
+"""The relay against the model of TCP and epoll in tcpmodel.py, driven by hypothesis.
+
+On top of what the model does by itself, events may be stale here: flags of another socket that had
+the file descriptor before.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from tproxyd.errors import CloseReason
+from tproxyd.flow import relay as relay_module
+from tproxyd.flow.relay import Limits, Outcome, Relay, receive, reset_on_close
+from tproxyd.tests.tcpmodel import (
+    BUFFER,
+    ERR,
+    HUP,
+    IN,
+    OUT,
+    RDHUP,
+    FakeDriver,
+    FakeTcp,
+    Net,
+    payload,
+)
+
+LIMITS = Limits(idle_s=100.0, half_close_s=10.0)
+
+
+class Play:
+    """One relay between two fake connections, and the laws that hold for it at any time."""
+
+    def __init__(self, early: bytes = b"", window: int = 40, limits: Limits = LIMITS) -> None:
+        self.net = Net()
+        self.client = FakeTcp(self.net, "client", 10, window)
+        self.app = FakeTcp(self.net, "app", 11, window)
+        self.driver = FakeDriver(self.client, self.app)
+        self.early = early
+        self.client.far_sent = len(early)  # read by the walk, behind the header
+        self.relay = Relay(self.client, self.app, early, limits)
+        self.outcomes: list[Outcome] = []
+
+    def start(self) -> None:
+        self.relay.start(self.driver, self.outcomes.append)
+        self.check()
+
+    @property
+    def over(self) -> bool:
+        return bool(self.outcomes)
+
+    def poll(self, order: int = 0) -> None:
+        """One epoll_wait, and the events it returned."""
+        streams = [self.client, self.app][:: -1 if order else 1]
+        batch = [(each, each.mask()) for each in streams if each.ready]
+        for stream, _ in batch:
+            stream.ready = False
+        for stream, events in batch:
+            self.event(stream, events)
+        for _ in range(len(self.driver.tasks)):
+            self.driver.tasks.popleft()()
+        self.check()
+
+    def event(self, stream: FakeTcp, events: int) -> None:
+        """The engine forgets the handlers of a relay that is over, so it never sees these."""
+        if events and not self.over and stream in self.driver.handlers:
+            self.driver.handlers[stream](events)
+        self.check()
+
+    def settle(self) -> None:
+        """Both far ends read all there is, until nothing happens any more. No timer helps."""
+        for _ in range(10_000):
+            self.net.syscall()
+            self.client.far_read(1_000_000)
+            self.app.far_read(1_000_000)
+            if not (self.client.ready or self.app.ready or self.driver.tasks):
+                if not self.net.meanwhile:
+                    return
+                continue
+            self.poll()
+            if self.over:
+                self.client.far_read(1_000_000)
+                self.app.far_read(1_000_000)
+                return
+        raise AssertionError("it never settles")
+
+    def check(self) -> None:
+        assert len(self.outcomes) <= 1, "it ended twice"
+        for way in (self.relay.up, self.relay.down):
+            assert len(way.rest) <= max(BUFFER, len(self.early)), "more than a buffer is held"
+        self._check_fin(self.client, self.app)
+        self._check_fin(self.app, self.client)
+
+    def _check_fin(self, sender: FakeTcp, receiver: FakeTcp) -> None:
+        if receiver.fin:
+            what = f"{receiver.name} was told of an end that {sender.name} never said"
+            assert sender.far_fin, what
+            held = receiver.far_got + len(receiver.outbox)
+            assert held == sender.far_sent or receiver.far_rst, "FIN came before the last byte"
+
+
+@dataclass(frozen=True)
+class Op:
+    who: str  # "client", "app": the far end acts; "poll", "stale"
+    what: str = ""
+    size: int = 0
+    meanwhile: bool = False  # at the relay's next system call, not now
+
+    def __call__(self, play: Play) -> None:
+        if self.who == "poll":
+            play.poll(self.size)
+        elif self.who == "stale":
+            play.event(play.client if self.what == "client" else play.app, self.size)
+        elif self.meanwhile:
+            play.net.meanwhile.append(lambda: self.act(play))
+        else:
+            self.act(play)
+
+    def act(self, play: Play) -> None:
+        if play.over:
+            return
+        far = play.client if self.who == "client" else play.app
+        match self.what:
+            case "write":
+                far.far_write(self.size)
+            case "read":
+                far.far_read(self.size)
+            case "fin":
+                far.far_finish()
+            case "rst":
+                far.far_reset()
+
+
+sides = st.sampled_from(["client", "app"])
+moves = st.builds(
+    Op, sides, st.sampled_from(["write", "write", "read"]), st.integers(1, 150), st.booleans()
+)
+fins = st.builds(Op, sides, st.just("fin"), st.just(0), st.booleans())
+resets = st.builds(Op, sides, st.just("rst"), st.just(0), st.booleans())
+polls = st.builds(Op, st.just("poll"), st.just(""), st.integers(0, 1))
+flags = st.lists(st.sampled_from([IN, OUT, RDHUP, HUP, ERR]), max_size=5).map(
+    lambda some: sum(set(some))
+)
+stale = st.builds(Op, st.just("stale"), sides, flags)
+orderly = st.lists(st.one_of(moves, polls, moves, polls, stale, fins), max_size=40)
+rough = st.lists(st.one_of(moves, polls, moves, polls, stale, fins, resets), max_size=40)
+starts = st.tuples(
+    st.integers(0, 40),  # early bytes
+    st.sampled_from([1, 5, 16, 40, 100, 400]),  # window, both ways
+    st.booleans(),  # the client's socket was watched before, and its edges are spent
+    st.booleans(),  # likewise the upstream's
+)
+Start = tuple[int, int, bool, bool]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _small_buffer() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(relay_module, "BUFFER_SIZE", BUFFER)
+        yield
+
+
+def begun(start: Start, before: list[Op]) -> Play:
+    early, window, *watched = start
+    play = Play(payload(0, early), window)
+    for stream, was in zip((play.client, play.app), watched, strict=True):
+        if was:
+            play.driver.watch(stream, lambda _events: None)
+    for op in before:
+        op(play)
+    play.client.ready = play.app.ready = False
+    play.start()
+    return play
+
+
+@settings(max_examples=250, deadline=None)
+@given(starts, orderly, orderly)
+def test_every_byte_arrives_once_and_in_order(
+    start: Start, before: list[Op], after: list[Op]
+) -> None:
+    """Without RST: whatever the order of events, all that was sent arrives, and each end too."""
+    play = begun(start, before)
+    for op in after:
+        op(play)
+    play.settle()
+    client, app = play.client, play.app
+    assert app.far_got == client.far_sent, "bytes from the client are stuck or lost"
+    assert client.far_got == app.far_sent, "bytes from the application are stuck or lost"
+    if client.far_fin and app.far_fin:
+        (outcome,) = play.outcomes
+        assert not outcome.aborted
+        assert outcome.reason in (CloseReason.DOWNSTREAM_FIN, CloseReason.UPSTREAM_FIN)
+        assert outcome.detail == ""
+        assert (outcome.received, outcome.sent) == (app.far_got, client.far_got)
+    else:
+        assert not play.over, "it ended with one side still open"
+        assert (app.fin, client.fin) == (client.far_fin, app.far_fin), "a half-close is not kept"
+
+
+@settings(max_examples=250, deadline=None)
+@given(starts, rough, rough)
+@example(  # the application closed for good, and a late byte of the client made it say so
+    (0, 40, False, False),
+    [],
+    [
+        Op("app", "fin"),
+        Op("poll"),
+        Op("client", "write", 3),
+        Op("poll"),
+        Op("app", "rst"),
+    ],
+)
+def test_a_reset_ends_it_once(start: Start, before: list[Op], after: list[Op]) -> None:
+    """What arrived is right, and no RST is ever overlooked: nothing waits for a deadline."""
+    play = begun(start, before)
+    for op in after:
+        op(play)
+    play.settle()
+    client, app = play.client, play.app
+    assert app.far_got <= client.far_sent
+    assert client.far_got <= app.far_sent
+    if not play.over:
+        assert not client.far_rst
+        assert not app.far_rst
+        return
+    (outcome,) = play.outcomes
+    match outcome.reason:
+        case CloseReason.DOWNSTREAM_RESET:
+            assert client.far_rst
+        case CloseReason.UPSTREAM_RESET:
+            assert app.far_rst
+        case _:
+            assert client.far_fin
+            assert app.far_fin
+    assert outcome.aborted == outcome.reason.endswith("reset")
+
+
+@settings(max_examples=80, deadline=None)
+@given(starts, rough, rough)
+def test_cut_from_outside(start: Start, before: list[Op], after: list[Op]) -> None:
+    play = begun(start, before)
+    for op in after:
+        op(play)
+    was_over = play.over
+    play.relay.cut(CloseReason.DRAIN_TIMEOUT, "why")
+    play.relay.cut(CloseReason.DRAIN_TIMEOUT, "why")
+    play.settle()
+    (outcome,) = play.outcomes
+    assert was_over or outcome[:2] == (CloseReason.DRAIN_TIMEOUT, "why")
+    assert was_over or outcome.aborted
+
+
+# Single scenes ------------------------------------------------------------------------------------
+
+
+def test_the_request_that_is_already_here_goes_before_anything_is_registered() -> None:
+    play = Play()
+    play.client.far_write(10)
+    play.start()
+    assert len(play.app.outbox) == 10
+
+
+def test_early_bytes_go_first() -> None:
+    play = Play(early=payload(0, 9))
+    play.client.far_write(10)
+    play.start()
+    assert play.app.outbox == payload(0, 19)
+
+
+@pytest.mark.parametrize("first", ["client", "app"])
+def test_who_finished_first(first: str) -> None:
+    play = Play()
+    play.start()
+    one, other = (play.client, play.app)[:: 1 if first == "client" else -1]
+    one.far_finish()
+    play.poll()
+    assert other.fin
+    assert not play.over
+    other.far_write(7)  # a half-close: the other way still carries
+    play.poll()
+    one.far_read(100)
+    assert one.far_got == 7
+    other.far_finish()
+    play.poll()
+    (outcome,) = play.outcomes
+    assert outcome.reason == ("downstream_fin" if first == "client" else "upstream_fin")
+    assert not one.fin, "a shutdown right before the close that says it anyway"
+
+
+def test_a_stalled_reader_costs_one_buffer() -> None:
+    play = Play(window=30)
+    play.start()
+    for _ in range(100):
+        play.client.far_write(1000)
+        play.poll()
+    assert play.client.far_sent <= 30 + 30 + BUFFER  # inbox, outbox and what we hold
+    assert not play.client.far_rst
+    play.settle()
+    assert play.app.far_got == play.client.far_sent
+
+
+def test_a_stalled_reader_does_not_stop_the_other_way() -> None:
+    play = Play(window=30)
+    play.start()
+    for _ in range(10):
+        play.client.far_write(1000)
+        play.app.far_write(10)
+        play.poll()
+        play.client.far_read(1000)
+    assert play.client.far_got == 100
+
+
+def test_rst_reaches_past_a_stalled_reader() -> None:
+    play = Play(window=30)
+    play.start()
+    for _ in range(10):
+        play.client.far_write(1000)
+        play.poll()
+    play.client.far_reset()
+    play.poll()
+    (outcome,) = play.outcomes
+    assert outcome.reason is CloseReason.DOWNSTREAM_RESET
+    assert outcome.aborted
+
+
+def test_what_was_sent_before_a_reset_is_delivered_first() -> None:
+    """The sink is found gone by a send; what it had said before is read first."""
+    play = Play()
+    play.start()
+    play.client.far_write(3)
+    play.app.far_write(25)
+    play.app.far_reset()
+    play.app.ready = False  # the client's event comes first
+    play.poll()
+    play.client.far_read(100)
+    assert play.client.far_got == 25
+    (outcome,) = play.outcomes
+    assert outcome[:5] == (CloseReason.UPSTREAM_RESET, "", 0, 25, True)
+
+
+def test_an_error_that_is_no_reset_says_what_it_was() -> None:
+    """ETIMEDOUT by keep-alive, EHOSTUNREACH by ICMP."""
+    play = Play()
+    play.start()
+    play.app.far_reset()
+    play.app.error = errno.ETIMEDOUT
+    play.poll()
+    assert play.outcomes[0][:2] == (CloseReason.UPSTREAM_RESET, os.strerror(errno.ETIMEDOUT))
+
+
+def test_a_bulk_stream_takes_turns() -> None:
+    """Four buffers at a time; the rest in later turns, without another event."""
+    play = Play(window=400)
+    play.start()
+    play.client.far_write(400)
+    events = play.client.mask()
+    play.client.ready = False
+    play.event(play.client, events)
+    assert len(play.app.outbox) == 4 * BUFFER
+    assert len(play.driver.tasks) == 1
+    play.poll()
+    assert len(play.app.outbox) == 8 * BUFFER
+    while play.driver.tasks:
+        play.poll()
+    assert len(play.app.outbox) == 400
+
+
+# Deadlines ----------------------------------------------------------------------------------------
+
+
+def test_idle() -> None:
+    play = Play()
+    play.start()
+    assert play.driver.due == 100.0
+    play.driver.now = 60.0
+    play.client.far_write(1)
+    play.poll()
+    assert play.driver.due == 100.0  # activity moves no timer,
+    play.relay.on_timer(100.0)
+    assert play.driver.due == 160.0  # the timer looks when it falls due
+    assert not play.over
+    play.relay.on_timer(160.0)
+    assert play.outcomes[0][:2] == (CloseReason.IDLE_TIMEOUT, "nothing moved for 100 s")
+    assert play.outcomes[0].aborted
+
+
+def test_half_close() -> None:
+    play = Play()
+    play.start()
+    play.driver.now = 50.0
+    play.client.far_finish()
+    play.poll()
+    assert play.driver.due == 60.0
+    play.driver.now = 55.0
+    play.app.far_write(1)  # it still speaks
+    play.poll()
+    play.relay.on_timer(60.0)
+    assert play.driver.due == 65.0
+    play.relay.on_timer(65.0)
+    assert play.outcomes[0][:2] == (CloseReason.HALF_CLOSE_TIMEOUT, "nothing moved for 10 s")
+
+
+def test_never_idle() -> None:
+    play = Play(limits=Limits(0.0, 10.0))
+    play.start()
+    assert play.driver.due is None
+    play.client.far_finish()
+    play.poll()
+    assert play.driver.due == 10.0  # but half-closed is another matter
+
+
+# Small parts --------------------------------------------------------------------------------------
+
+
+def test_receive() -> None:
+    view = memoryview(bytearray(8))
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert receive(ours, view, 8) is None
+        theirs.send(b"abc")
+        assert receive(ours, view, 2) == 2
+        assert bytes(view[:2]) == b"ab"
+        theirs.close()
+        assert receive(ours, view, 8) == 1
+        assert receive(ours, view, 8) == 0
+
+
+def test_reset_on_close() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        ours = socket.create_connection(server.getsockname())
+        theirs, _ = server.accept()
+        with theirs:
+            reset_on_close(ours)
+            ours.close()
+            with pytest.raises(ConnectionResetError):
+                theirs.recv(1)
