@@ -31,9 +31,8 @@ from tproxyd.flow.relay import BUFFER_SIZE, Outcome, Relay
 from tproxyd.flow.stream import Stream, Wait
 
 # HUP and ERR always come. PRI: a recv stops at an urgent byte, though more lies behind it.
-_EVERYTHING = (
-    select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLPRI | select.EPOLLET
-)
+READ = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLPRI | select.EPOLLET
+READ_AND_WRITE = READ | select.EPOLLOUT
 _BATCH = 256  # events per drain: uvloop's other descriptors get their turn in between
 _TICK_S = 0.05  # how late a deadline may fall due; a second for those of half a minute and more
 _COARSE_TICKS = 20
@@ -118,7 +117,7 @@ class Engine:
         self._handlers[sock.fileno()] = None
         self._epoll.unregister(sock.fileno())
 
-    def watch(self, stream: Stream, handler: Handler) -> bool:
+    def watch(self, stream: Stream, handler: Handler, events: int = READ) -> bool:
         """Have `handler` called with the events of a socket; it is registered with epoll once.
 
         True the first time: then the events of the past are told again. `forget` before close().
@@ -127,8 +126,12 @@ class Engine:
         first = fd >= len(self._handlers) or self._handlers[fd] is None
         self._set_handler(fd, handler)
         if first:
-            self._epoll.register(fd, _EVERYTHING)
+            self._epoll.register(fd, events)
         return first
+
+    def watch_for_room(self, stream: Stream) -> None:
+        """From now on tell its handler too when there is room to write, as there may be already."""
+        self._epoll.modify(stream.fileno(), READ_AND_WRITE)
 
     def _set_handler(self, fd: int, handler: Handler) -> None:
         while fd >= len(self._handlers):
@@ -193,7 +196,8 @@ class Walker:
     def _await(self, step: Wait | Relay) -> None:
         engine = self._engine
         if isinstance(step, Wait):
-            engine.watch(step.stream, self._on_event)
+            # A connect in progress ends as room to write.
+            engine.watch(step.stream, self._on_event, READ_AND_WRITE)
             engine.set_timer(self, step.deadline)
         else:
             self._relay = step

@@ -1,11 +1,13 @@
 """Two half-duplex directions until both have ended. The hot loop of tproxyd.
 
 Facts about edge-triggered epoll that shape this file:
-- Each socket is registered once, for everything, edge-triggered; no epoll_ctl follows. An edge says
-  that something changed, once. Whoever ignores one must look for himself later.
+- Each socket is registered once, edge-triggered. An edge says that something changed, once. Whoever
+  ignores one must look for himself later. Room to write is asked for when a write came up short,
+  once more per socket: from the start, it would be one event per socket that says nothing.
 - A recv that returns less than asked has emptied the queue (epoll(7)), so the usual turn is one
   recv and one send, without a second recv to be told EAGAIN. A FIN that came with the last bytes
-  shows as EPOLLRDHUP in the same event: then we do read on, to its 0.
+  shows as EPOLLRDHUP in the same event: then we do read on, to its 0, and send those bytes with
+  MSG_MORE, so that they leave in one segment with the FIN that follows them.
 - Events can be stale: the file descriptor was closed earlier in the same batch and its number used
   again. So flags are only hints where to look; every verdict comes from recv, send or SO_ERROR.
 
@@ -44,10 +46,12 @@ TURN_READS = 4
 
 _DONTWAIT = socket.MSG_DONTWAIT
 _SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+_MORE = socket.MSG_MORE
 _IN = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 _OUT = select.EPOLLOUT | select.EPOLLHUP | select.EPOLLERR
 # There is an end to be read, or an urgent byte, at which a recv stops short.
 _LAST = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR | select.EPOLLPRI
+_FIN = select.EPOLLRDHUP  # an end, with nothing to come behind what is here
 _ABORT = struct.pack("ii", 1, 0)  # struct linger: on, 0 s
 _SO_ERROR_SIZE = 4
 
@@ -85,6 +89,7 @@ class Driver(Protocol):
     now: float
 
     def watch(self, stream: Stream, handler: Callable[[int], None]) -> bool: ...
+    def watch_for_room(self, stream: Stream) -> None: ...
     def again(self, task: Callable[[], None]) -> None: ...
     def set_timer(self, item: Relay, due: float) -> None: ...
 
@@ -138,17 +143,16 @@ class Relay:
         """Begin moving bytes; `finished` is called once, from within an event or at once."""
         self._driver, self._finished = driver, finished
         self._last_active = driver.now
-        # The request is usually here before its connection is accepted: send it on, then register.
-        # Registering reports what has come in the meantime, so nothing falls in between. A socket
-        # that was registered before, while the walk waited for it, has had its edges already.
+        # Registering a socket reports what it holds by then. One that was registered before, while
+        # the walk waited for it, has had its edges already: it is read until it says so.
+        new_downstream = driver.watch(self._downstream, self.on_downstream)
+        new_upstream = driver.watch(self._upstream, self.on_upstream)
         if self.up.rest:
             self._flush(self.up)
-        else:
-            self._pump(self.up, thorough=True)
-        if not self._over:
-            driver.watch(self._downstream, self.on_downstream)
-            if not driver.watch(self._upstream, self.on_upstream):
-                self._pump(self.down, thorough=True)
+        else:  # the request is usually here before its connection is accepted
+            self._pump(self.up, thorough=not new_downstream)
+        if not (self._over or new_upstream):
+            self._pump(self.down, thorough=True)
         if not self._over:
             self._set_timer()
 
@@ -165,21 +169,27 @@ class Relay:
             self._flush(outward)
         if events & _IN and not self._over:
             if not (inward.rest or inward.stop_reading):
-                self._pump(inward, thorough=bool(events & _LAST))
-            elif events & select.EPOLLERR:
+                self._pump(inward, bool(events & _LAST), bool(events & _FIN))
+            if events & select.EPOLLERR and (inward.rest or inward.stop_reading):
                 # Not reading: the other side stalls, or this one has finished, and then closed
                 # altogether and was sent more. An RST must wait for neither.
                 self._check(inward)
 
-    def _pump(self, way: Direction, thorough: bool) -> None:
-        """Move what is there, up to TURN_READS buffers; `thorough`: until recv says so."""
+    def _pump(self, way: Direction, thorough: bool, fin: bool = False) -> None:
+        """Move what is there, up to TURN_READS buffers; `thorough`: until recv says so.
+
+        `fin`: the end of the stream is behind it, said an event (which may be stale).
+        """
         if way.stop_reading:
             return
         view = self._driver.view
+        held = False  # MSG_MORE holds bytes back
         for _ in range(TURN_READS):
             try:
                 n = way.read(view, BUFFER_SIZE, _DONTWAIT)
             except BlockingIOError:
+                if held:  # `fin` was stale
+                    self._let_go(way)
                 return
             except OSError as error:
                 self._reset(way.source, error)
@@ -187,8 +197,9 @@ class Relay:
             if n == 0:
                 self._eof(way)
                 return
+            held = fin and n < BUFFER_SIZE
             try:
-                sent = way.write(view[:n], _SEND_FLAGS)
+                sent = way.write(view[:n], _SEND_FLAGS | _MORE if held else _SEND_FLAGS)
             except BlockingIOError:
                 sent = 0
             except OSError as error:
@@ -197,12 +208,19 @@ class Relay:
             way.delivered += sent
             if sent < n:
                 way.rest = bytes(view[sent:n])
-                return  # EPOLLOUT will come: send() has asked for it by failing
+                self._driver.watch_for_room(way.sink)
+                return
             if n < BUFFER_SIZE and not thorough:
                 return
+        if held:
+            self._let_go(way)
         if not self._queued:
             self._queued = True
             self._driver.again(self._continue)
+
+    def _let_go(self, way: Direction) -> None:
+        """Send what MSG_MORE holds back: setting TCP_NODELAY anew does that (tcp(7))."""
+        way.sink.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def _continue(self) -> None:
         """The next turn of whichever direction had more than its share to move."""
@@ -219,6 +237,7 @@ class Relay:
                 sent = way.write(rest, _SEND_FLAGS)
             except BlockingIOError:
                 way.rest = rest
+                self._driver.watch_for_room(way.sink)
                 return
             except OSError as error:
                 self._sink_gone(way, error)
@@ -270,6 +289,8 @@ class Relay:
         self._reset(way.sink, error)
 
     def _check(self, way: Direction) -> None:
+        if self._over:
+            return
         code = int.from_bytes(
             way.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR, _SO_ERROR_SIZE), "little"
         )

@@ -61,7 +61,8 @@ class FakeTcp:
         self.error = 0  # sk_err
         self.wants_room = False  # SOCK_NOSPACE
         self.ready = False  # in epoll's ready list
-        self.registered = False
+        self.interest = 0  # what epoll was asked to tell; HUP and ERR it always tells
+        self.held = 0  # of the outbox: sent with MSG_MORE, waits for more
 
     # The far end -------------------------------------------------------------------------------
 
@@ -83,21 +84,30 @@ class FakeTcp:
             self.far_rst = True
             self.error = errno.EPIPE if self.far_fin else errno.ECONNRESET  # tcp_reset()
             self.outbox.clear()
+            self.held = 0
             self.wake()
 
     def far_read(self, size: int) -> None:
-        got = bytes(self.outbox[:size])
-        del self.outbox[:size]
+        got = bytes(self.outbox[: min(size, len(self.outbox) - self.held)])
+        del self.outbox[: len(got)]
         assert got == payload(self.far_got, len(got)), f"{self.name} got other bytes than were sent"
         self.far_got += len(got)
-        if self.wants_room and 3 * (self.window - len(self.outbox)) >= self.window:
+        if (
+            self.wants_room
+            and self.interest & OUT
+            and 3 * (self.window - len(self.outbox)) >= self.window
+        ):
             self.wants_room = False
             self.wake()
 
     # epoll -------------------------------------------------------------------------------------
 
     def wake(self) -> None:
-        self.ready = self.registered
+        self.ready = bool(self.told())
+
+    def told(self) -> int:
+        """What an epoll_wait now would return for this socket."""
+        return self.mask() & (self.interest | HUP | ERR) if self.interest else 0
 
     def mask(self) -> int:
         """tcp_poll()"""
@@ -148,6 +158,9 @@ class FakeTcp:
         if not size:
             raise BLOCKED
         self.outbox += data[:size]
+        # One that finds too little room pushes all the same (tcp_sendmsg_locked).
+        more = flags & socket.MSG_MORE and size == len(data)
+        self.held = self.held + size if more else 0
         return size
 
     def shutdown(self, how: int) -> None:
@@ -157,6 +170,11 @@ class FakeTcp:
         if self.far_rst:
             raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
         self.fin = True
+        self.held = 0
+
+    def setsockopt(self, level: int, name: int, value: int | bytes) -> None:
+        assert (level, name, value) == (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.held = 0  # tcp_push_pending_frames()
 
     def getsockopt(self, level: int, name: int, size: int) -> bytes:
         assert (level, name) == (socket.SOL_SOCKET, socket.SO_ERROR)
@@ -173,7 +191,7 @@ class FakeTcp:
     def _never(self, *_: object) -> Any:  # noqa: ANN401
         raise AssertionError("a relay does not do this")
 
-    getsockname = bind = connect_ex = setsockopt = close = _never
+    getsockname = bind = connect_ex = close = _never
 
 
 class FakeDriver:
@@ -188,12 +206,16 @@ class FakeDriver:
         self.due: float | None = None
 
     def watch(self, stream: Any, handler: Callable[[int], None]) -> bool:  # noqa: ANN401
-        first = not stream.registered
-        stream.registered = True
+        first = not stream.interest
         self.handlers[stream] = handler
         if first:
-            stream.ready = bool(stream.mask())  # EPOLL_CTL_ADD looks once
+            stream.interest = IN | RDHUP
+            stream.wake()  # EPOLL_CTL_ADD looks once
         return first
+
+    def watch_for_room(self, stream: Any) -> None:  # noqa: ANN401
+        stream.interest |= OUT
+        stream.wake()  # and so does EPOLL_CTL_MOD
 
     def again(self, task: Callable[[], None]) -> None:
         self.tasks.append(task)

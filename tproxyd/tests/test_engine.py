@@ -20,7 +20,7 @@ import uvloop
 
 from tproxyd.errors import CloseReason
 from tproxyd.flow import relay as relay_module
-from tproxyd.flow.engine import Engine
+from tproxyd.flow.engine import READ_AND_WRITE, Engine
 from tproxyd.flow.relay import BUFFER_SIZE, Limits, Outcome, reset_on_close
 from tproxyd.tests.loopback import MiB, Rig, pair, run, until
 
@@ -498,11 +498,11 @@ def test_a_file_descriptor_that_is_used_again(rig: Rig, server: socket.socket) -
         rig.engine._handlers[number] = lambda events: stale.append(events) or handler(events)  # type: ignore[func-returns-value]
 
     original = rig.downstream
-    rig.engine.watch(a, replace)
-    rig.engine.watch(b, lambda _events: pytest.fail("its socket is closed"))
+    rig.engine.watch(a, replace, READ_AND_WRITE)
+    rig.engine.watch(b, lambda _events: pytest.fail("its socket is closed"), READ_AND_WRITE)
     rig.engine.turn()  # both are writable: that is told first, in this order
     assert len(stale) == 1
-    assert stale[0] == select.EPOLLOUT
+    assert stale[0] & select.EPOLLOUT
     rig.client.send(b"ping")
     assert rig.run(rig.receive(rig.app, 4)) == b"ping"
     rig.app.send(b"pong")
@@ -520,7 +520,7 @@ def test_watch_registers_once(engine: Engine) -> None:
     with ours, theirs:
         first: list[int] = []
         second: list[int] = []
-        assert engine.watch(ours, first.append) is True
+        assert engine.watch(ours, first.append, READ_AND_WRITE) is True
         assert engine.watch(ours, second.append) is False
         engine.turn()
         assert (len(first), len(second)) == (0, 1)
@@ -536,7 +536,7 @@ def test_descriptors_beyond_the_first_thousand(engine: Engine) -> None:
     high = os.dup2(ours.fileno(), 1500)
     seen: list[int] = []
     with ours, theirs, socket.socket(fileno=high) as far:
-        engine.watch(far, seen.append)
+        engine.watch(far, seen.append, READ_AND_WRITE)
         engine.turn()
         assert seen
         engine.forget(far)
@@ -566,6 +566,6 @@ def test_the_loop_runs_the_engine(engine: Engine, loop: asyncio.AbstractEventLoo
     happened: asyncio.Future[int] = loop.create_future()
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        engine.watch(ours, happened.set_result)
+        engine.watch(ours, happened.set_result, READ_AND_WRITE)
         assert run(loop, happened) & select.EPOLLOUT
         engine.forget(ours)

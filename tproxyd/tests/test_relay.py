@@ -59,7 +59,7 @@ class Play:
     def poll(self, order: int = 0) -> None:
         """One epoll_wait, and the events it returned."""
         streams = [self.client, self.app][:: -1 if order else 1]
-        batch = [(each, each.mask()) for each in streams if each.ready]
+        batch = [(each, each.told()) for each in streams if each.ready]
         for stream, _ in batch:
             stream.ready = False
         for stream, events in batch:
@@ -77,6 +77,8 @@ class Play:
     def settle(self) -> None:
         """Both far ends read all there is, until nothing happens any more. No timer helps."""
         for _ in range(10_000):
+            if self.over:
+                self.client.held = self.app.held = 0  # close() lets everything go
             self.net.syscall()
             self.client.far_read(1_000_000)
             self.app.far_read(1_000_000)
@@ -84,11 +86,10 @@ class Play:
                 if not self.net.meanwhile:
                     return
                 continue
-            self.poll()
-            if self.over:
-                self.client.far_read(1_000_000)
-                self.app.far_read(1_000_000)
-                return
+            if not self.over:
+                self.poll()
+                continue
+            return
         raise AssertionError("it never settles")
 
     def check(self) -> None:
@@ -260,6 +261,39 @@ def test_cut_from_outside(start: Start, before: list[Op], after: list[Op]) -> No
 # Single scenes ------------------------------------------------------------------------------------
 
 
+def test_the_last_bytes_leave_with_the_fin() -> None:
+    """One segment for both; and where the event was stale, the bytes do not wait for a FIN."""
+    play = Play()
+    play.start()
+    play.client.far_write(5)
+    play.client.far_finish()
+    sent: list[int] = []
+    send = play.app.send
+    play.relay.up.write = lambda data, flags: sent.append(flags) or send(data, flags)  # type: ignore[func-returns-value]
+    play.poll()
+    assert [bool(flags & socket.MSG_MORE) for flags in sent] == [True]
+    assert (play.app.fin, play.app.held, len(play.app.outbox)) == (True, 0, 5)
+
+    play = Play()
+    play.start()
+    play.client.far_write(5)
+    play.event(play.client, IN | RDHUP)
+    assert (play.app.fin, play.app.held, len(play.app.outbox)) == (False, 0, 5)
+
+
+def test_room_is_asked_for_only_where_a_write_came_up_short() -> None:
+    play = Play(window=10)
+    play.start()
+    assert not play.app.interest & OUT
+    play.client.far_write(10)
+    play.poll()
+    assert not play.app.interest & OUT
+    play.client.far_write(10)
+    play.poll()
+    assert play.app.interest & OUT
+    assert not play.client.interest & OUT
+
+
 def test_the_request_that_is_already_here_goes_before_anything_is_registered() -> None:
     play = Play()
     play.client.far_write(10)
@@ -360,7 +394,7 @@ def test_a_bulk_stream_takes_turns() -> None:
     play = Play(window=400)
     play.start()
     play.client.far_write(400)
-    events = play.client.mask()
+    events = play.client.told()
     play.client.ready = False
     play.event(play.client, events)
     assert len(play.app.outbox) == 4 * BUFFER
