@@ -16,11 +16,13 @@ from lib.topology import Family, Pair, Topology, seen_port
 
 P = 40_000
 Q = seen_port(P)
+RETURN_PATHS = pytest.mark.parametrize("return_path", ["accept-mark", "conntrack"])
 
 
-def test_rotated_port_is_taken_by_another_client(net: Topology, family: Family) -> None:
+@RETURN_PATHS
+def test_seen_port_is_another_clients(net: Topology, family: Family, return_path: str) -> None:
     net.app(family)
-    with Daemon(net.pod) as daemon:
+    with Daemon(net.pod, f'[rules]\nreturn_path = "{return_path}"\n') as daemon:
         first = Pair(net.connect(family, source_port=Q), net.accept(family))
         second = Pair(net.connect(family, source_port=P), net.accept(family))
         assert_talks(first)
@@ -32,14 +34,15 @@ def test_rotated_port_is_taken_by_another_client(net: Topology, family: Family) 
         assert_talks(first)
 
 
-def test_port_that_the_application_sees_already(net: Topology, family: Family) -> None:
+@RETURN_PATHS
+def test_port_that_is_seen_already(net: Topology, family: Family, return_path: str) -> None:
     """The other order: P is live and the application knows it as Q when a client comes from Q.
 
     That 4-tuple is taken by the application's own socket, so the newcomer cannot be served. What
     matters is that it is told so at once, and that the live connection does not notice.
     """
     net.app(family)
-    with Daemon(net.pod):
+    with Daemon(net.pod, f'[rules]\nreturn_path = "{return_path}"\n'):
         first = Pair(net.connect(family, source_port=P), net.accept(family))
         assert_talks(first)
         assert first.app.getpeername()[1] == Q

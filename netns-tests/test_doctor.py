@@ -8,9 +8,17 @@ from typing import Any
 
 import pytest
 from lib.daemon import ROOT, TPROXYD, Daemon, tproxyd
-from lib.topology import Topology
+from lib.netns import MARK_SYSCTLS
+from lib.topology import V4, V6, Topology
 
 Check = dict[str, Any]
+CHECKS = dict(
+    zip(
+        MARK_SYSCTLS,
+        ("tcp_fwmark_accept", "ipv4.fwmark_reflect", "ipv6.fwmark_reflect"),
+        strict=True,
+    )
+)
 
 
 def complaints(done: subprocess.CompletedProcess[str]) -> dict[str, Check]:
@@ -98,6 +106,24 @@ def test_src_valid_mark(net: Topology) -> None:
         told = tproxyd(net.pod, "doctor").stdout
         assert "src_valid_mark" in told
         assert "rp_filter" in told
+
+
+@pytest.mark.parametrize("name", MARK_SYSCTLS)
+def test_a_sysctl_is_put_back_by_others(net: Topology, name: str) -> None:
+    """Told of the one that it is, by its own name, and only where it is needed."""
+    words = "tproxyd install puts it back"
+    with Daemon(net.pod):
+        net.pod.sysctl(name, 0)
+        told = [check for check in doctor(net).values() if words in check["remedy"]]
+        assert [check["name"] for check in told] == [CHECKS[name]]
+        tproxyd(net.pod, "install")
+        assert doctor(net) == {}
+    conntrack = '[rules]\nreturn_path = "conntrack"\n'
+    # An answer that conntrack is to bring home needs a route toward the client before that.
+    net.pod.ip(f"route add default via {V4.client}", f"route add default via {V6.client}")
+    with Daemon(net.pod, conntrack):
+        assert net.pod.sysctl(name) == 0
+        assert complaints(tproxyd(net.pod, "doctor", "--json", config=conntrack)) == {}
 
 
 def test_ipv6_is_off(net: Topology) -> None:

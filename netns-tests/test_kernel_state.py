@@ -6,6 +6,7 @@ damage, and after SIGKILL between any two writes.
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -19,7 +20,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lib.netns import Namespace
+from lib.netns import MARK_SYSCTLS, Namespace
+from lib.waits import wait_for
 
 from tproxyd.addr import PrefixSet
 from tproxyd.config import Config, Intercept, Listener, ReturnPath, Rules, merge_ranges
@@ -34,7 +36,7 @@ CONFIGS = {
     path: Config(rules=Rules(return_path=path))
     for path in (ReturnPath.ACCEPT_MARK, ReturnPath.CONNTRACK)
 }
-FWMARK_ACCEPT = "net/ipv4/tcp_fwmark_accept"
+FWMARK_ACCEPT, REFLECT_V4, REFLECT_V6 = MARK_SYSCTLS
 
 
 @pytest.fixture
@@ -44,9 +46,11 @@ def pod() -> Iterator[Namespace]:
             "link add eth0 type veth peer name eth1",
             "addr add 10.9.1.1/24 dev eth0",
             "addr add fd00:9:1::1/64 dev eth0 nodad",
-            "link set eth0 up",
             "link set eth1 up",
+            "link set eth0 up",
         )
+        # The routes over a new link are listed with "linkdown" until its carrier has come.
+        wait_for(lambda: "linkdown" not in pod.dump(), "carrier on eth0")
         yield pod
 
 
@@ -126,14 +130,29 @@ def test_one_tool_cleans_what_the_other_installed(pod: Namespace, config: Config
         assert pod.dump() == before
 
 
-@pytest.mark.parametrize("value", [0, 1])
-def test_the_sysctl_is_as_before(pod: Namespace, config: Config, value: int) -> None:
-    pod.sysctl(FWMARK_ACCEPT, value)
+def set_sysctls(pod: Namespace, values: tuple[int, ...]) -> None:
+    for name, value in zip(MARK_SYSCTLS, values, strict=True):
+        pod.sysctl(name, value)
+
+
+def sysctls(pod: Namespace) -> tuple[int, ...]:
+    return tuple(map(pod.sysctl, MARK_SYSCTLS))
+
+
+@pytest.mark.parametrize("values", [*itertools.product((0, 1), repeat=3)], ids=str)
+def test_the_sysctls_are_as_before(
+    pod: Namespace, config: Config, values: tuple[int, int, int]
+) -> None:
+    """Each on its own: of those that were set already none is taken away, of the others each."""
+    set_sysctls(pod, values)
+    before = pod.dump()
     installed(pod, config)
     used = config.rules.return_path is ReturnPath.ACCEPT_MARK
-    assert pod.sysctl(FWMARK_ACCEPT) == (1 if used else value)
+    assert sysctls(pod) == ((1, 1, 1) if used else values)
+    assert installed(pod, config).changed == ()
     pod.inside(clean)
-    assert pod.sysctl(FWMARK_ACCEPT) == value
+    assert sysctls(pod) == values
+    assert pod.dump() == before
 
 
 def test_from_one_configuration_to_the_next(pod: Namespace) -> None:
@@ -154,14 +173,15 @@ def test_from_one_configuration_to_the_next(pod: Namespace) -> None:
 def test_damage_is_healed_with_one_write(pod: Namespace, config: Config) -> None:
     installed(pod, config)
     whole = pod.dump()
-    number = 134 if config.rules.return_path is ReturnPath.ACCEPT_MARK else 133
+    uses_sysctls = config.rules.return_path is ReturnPath.ACCEPT_MARK
+    number, wrong = (140, 133) if uses_sysctls else (133, 140)
     rule = "fwmark 0x539/0xfff lookup 133 priority 1337"
     for damage in (
         f"rule del {rule}",
         f"-6 rule del {rule}",
         f"route del local default table 133 proto {number}",
         f"-6 route del local default dev lo table 133 proto {number}",
-        f"-6 route replace local default dev lo table 133 proto {267 - number}",
+        f"-6 route replace local default dev lo table 133 proto {wrong}",
         f"rule add iif eth0 {rule} protocol 133",
         "route add unreachable 203.0.113.0/24 table 9 proto 134",
     ):
@@ -181,6 +201,10 @@ def test_damage_is_healed_with_one_write(pod: Namespace, config: Config) -> None
         pod.nft(script)
         assert len(installed(pod, config).changed) == 1, script
         assert pod.dump() == whole, script
+    for name in MARK_SYSCTLS if uses_sysctls else ():
+        pod.sysctl(name, 0)
+        assert installed(pod, config).changed == (f"set {name.replace('/', '.')}=1",)
+        assert pod.dump() == whole, name
 
 
 def test_lo_down_takes_the_ipv6_route_with_it(pod: Namespace, config: Config) -> None:
@@ -200,7 +224,9 @@ def test_lo_down_takes_the_ipv6_route_with_it(pod: Namespace, config: Config) ->
 
 
 def test_leftovers_of_another_version_are_cleaned(pod: Namespace) -> None:
+    """What they remember is given back; what none of them remembers is somebody else's."""
     others_move_in(pod)
+    pod.sysctl(REFLECT_V4, 1)
     before = pod.dump()
     pod.nft("add table inet tproxyd\nadd set inet tproxyd old { type inet_service; }")
     ip(
@@ -213,9 +239,9 @@ def test_leftovers_of_another_version_are_cleaned(pod: Namespace) -> None:
         "-6 route add ::6/128 dev lo table 9 proto 134",
         "rule add iif eth0 fwmark 1 lookup 9 priority 9 protocol 133",
         "rule add to 10.0.0.0/8 unreachable priority 9 protocol 134",
-        "-6 rule add fwmark 1 lookup 9 priority 9 protocol 134",
+        "-6 rule add fwmark 1 lookup 9 priority 9 protocol 137",
     )
-    pod.sysctl(FWMARK_ACCEPT, 1)
+    set_sysctls(pod, (1, 1, 1))
     pod.inside(clean)
     assert pod.dump() == before
 
@@ -266,9 +292,13 @@ KILLED_BEFORE_WRITE = """
 """
 
 
+@pytest.mark.parametrize("values", [(0, 0, 0), (0, 1, 0)], ids=str)
 @pytest.mark.parametrize("installs", [True, False], ids=["install", "clean"])
-def test_sigkill_between_any_two_writes(pod: Namespace, config: Config, installs: bool) -> None:
+def test_sigkill_between_any_two_writes(
+    pod: Namespace, config: Config, installs: bool, values: tuple[int, int, int]
+) -> None:
     others_move_in(pod)
+    set_sysctls(pod, values)
     before = pod.dump()
     writes = len(installed(pod, config).changed)
     if installs:
@@ -311,6 +341,29 @@ def test_a_read_only_proc_sys(pod: Namespace) -> None:
     pod.inside(clean)
 
 
+def test_without_protocol_names(pod: Namespace, config: Config, nft: Nft) -> None:
+    """As in an image without netbase: nft lists a number for tcp, and nothing has changed."""
+    installed(pod, config, nft)
+    done = python(
+        pod,
+        f"""
+        import socket
+        from tproxyd.config import Config, ReturnPath, Rules
+        from tproxyd.kernel.nft import Nft
+        from tproxyd.kernel.reconcile import Machine, check
+        try:
+            socket.getprotobyname("tcp")
+        except OSError:
+            config = Config(rules=Rules(return_path=ReturnPath("{config.rules.return_path}")))
+            print(check(config, world=Machine(Nft("{nft._name}"))).differs)
+        """,
+        *("unshare", "--mount", "sh", "-c"),
+        'if [ -e /etc/protocols ]; then mount --bind /dev/null /etc/protocols; fi; exec "$@"',
+        "sh",
+    )
+    assert done.stdout == "()\n", done.stderr
+
+
 def test_an_ordinary_user_is_told_what_is_missing(pod: Namespace, config: Config) -> None:
     done = python(
         pod,
@@ -333,18 +386,19 @@ def test_facts(pod: Namespace) -> None:
     assert pod.inside(facts) == Facts(
         ipv6=True,
         host_netns=False,
-        accept_mark_before=False,
-        accept_mark_writable=True,
+        set_before=frozenset(),
+        sysctls_writable=True,
         lo_up=True,
     )
     installed(pod, CONFIGS[ReturnPath.ACCEPT_MARK])
-    assert not pod.inside(facts).accept_mark_before, "that was us"
+    assert not pod.inside(facts).set_before, "that was us"
     pod.inside(clean)
     pod.sysctl("net/ipv6/conf/lo/disable_ipv6", 1)
-    pod.sysctl(FWMARK_ACCEPT, 1)
+    set_sysctls(pod, (1, 0, 1))
     pod.ip("link set lo down")
     found = pod.inside(facts)
-    assert (found.ipv6, found.accept_mark_before, found.lo_up) == (False, True, False)
+    assert (found.ipv6, found.lo_up) == (False, False)
+    assert found.set_before == {name.replace("/", ".") for name in (FWMARK_ACCEPT, REFLECT_V6)}
 
 
 def test_without_ipv6(pod: Namespace, config: Config) -> None:
@@ -353,22 +407,22 @@ def test_without_ipv6(pod: Namespace, config: Config) -> None:
     report = installed(pod, config)
     assert any("no IPv6" in note for note in report.notes)
     assert "133" not in pod.run("ip", "-6", "route", "show", "table", "all")
+    assert pod.sysctl(REFLECT_V6) == 0, "there is nothing to reflect"
     pod.inside(clean)
     assert pod.dump() == before
 
 
 def test_rules_is_what_nft_accepts(pod: Namespace, config: Config) -> None:
-    """And what install makes: nothing is left to do for the firewall."""
+    """And what install makes, with the commands in its comments: nothing is left to do."""
     text = rules(config, facts=pod.inside(facts))
     pod.nft(text)
     report = pod.inside(check, config)
     assert not any("firewall" in difference for difference in report.differs)
-    commands = [line.removeprefix("# ") for line in text.splitlines() if line.startswith("# ip ")]
-    for command in commands:
-        pod.run(*command.split())
-    assert [d for d in pod.inside(check, config).differs if "sysctl" not in d][1:] == []
-    installed(pod, config)
+    for line in text.splitlines():
+        if line.startswith(("# ip ", "# sysctl ")):
+            pod.run(*line.removeprefix("# ").split())
     assert pod.inside(check, config).differs == ()
+    assert installed(pod, config).changed == ()
 
 
 _networks = st.ip_addresses().flatmap(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from lib.daemon import Daemon
+from lib.netns import MARK_SYSCTLS
 from lib.streams import assert_talks
 from lib.topology import PORT, V6, Family, Topology, seen_port
 
@@ -13,9 +14,9 @@ def test_application_sees_the_client(net: Topology, family: Family, return_path:
     with Daemon(net.pod, f'[rules]\nreturn_path = "{return_path}"\n') as daemon:
         pair = net.pair(family)
         assert_talks(pair)
-        # One path works without connection tracking, the other without the sysctl.
+        # One path works without connection tracking, the other without the sysctls.
         by_mark = return_path == "accept-mark"
-        assert net.pod.sysctl("net/ipv4/tcp_fwmark_accept") == by_mark
+        assert {net.pod.sysctl(name) for name in MARK_SYSCTLS} == {int(by_mark)}
         assert ("ct mark" in net.pod.run("nft", "list", "ruleset")) == (not by_mark)
         seen_host, shown_port = pair.app.getpeername()[:2]
         host, port = pair.client.getsockname()[:2]
@@ -42,7 +43,7 @@ def test_application_sees_the_client(net: Topology, family: Family, return_path:
 
 def test_return_path_is_accept_mark_in_a_namespace(net: Topology) -> None:
     with Daemon(net.pod) as daemon:
-        assert net.pod.sysctl("net/ipv4/tcp_fwmark_accept") == 1
+        assert {net.pod.sysctl(name) for name in MARK_SYSCTLS} == {1}
         assert "accept-mark" in daemon.stderr
 
 

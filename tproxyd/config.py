@@ -167,7 +167,7 @@ def _config(t: _Table) -> Config:
     log = t.table("log")
     # `[[listener]]` absent means the default sidecar; `listener = []` is a daemon without a job.
     listeners = tuple(_listener(entry) for entry in t.tables("listener"))
-    if "listener" in t.data and not listeners:
+    if t.data.get("listener") == []:
         t.problem("listener", "there must be at least one [[listener]]")
     config = Config(
         mark=t.integer("mark", d.mark, 1, 0xFFFF_FFFE),
@@ -352,10 +352,11 @@ class _Table:
         value = self._get(key)
         if value is None:
             return []
-        if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
-            self.problem(key, f"is not a list of tables; write [[{key}]] above each")
-            return []
         prefix = f"{self.path}.{key}" if self.path else key
+        if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+            name = re.sub(r"\[[0-9]+\]", "", prefix)
+            self.problem(key, f"is not a list of tables; write [[{name}]] above each")
+            return []
         return [_Table(f"{prefix}[{i}]", entry, self.problems) for i, entry in enumerate(value)]
 
     def _each(

@@ -177,6 +177,10 @@ def sysctls(patient: Patient) -> Iterator[Check]:
         yield Check(
             "tcp_fwmark_accept", Verdict.OK, f"{accept_mark}, return path {patient.return_path}"
         )
+    if wanted and patient.installed:
+        yield from _reflect("ipv4")
+        if has_ipv6():
+            yield from _reflect("ipv6")
     # Both measured harmless for the lean rules: what comes over lo keeps the route that it left
     # with, and is not validated; what comes from clients carries no mark.
     rp_filter = max(_sysctl(f"net/ipv4/conf/{name}/rp_filter") for name in ("all", "default"))
@@ -192,6 +196,21 @@ def sysctls(patient: Patient) -> Iterator[Check]:
         Verdict.OK,
         f"{valid_mark}: packets from clients carry no mark of ours, so it changes nothing",
     )
+
+
+def _reflect(version: str) -> Iterator[Check]:
+    """Without it accept-mark works but for what no socket sends: the RST of a closed port."""
+    name = f"{version}.fwmark_reflect"
+    value = _sysctl(f"net/{version}/fwmark_reflect")
+    if value != "0":
+        yield Check(name, Verdict.OK, f"{value}: refusals come home too")
+    else:
+        yield Check(
+            name,
+            Verdict.FAIL,
+            "0: refusals leave to the client, and a closed port becomes a timeout",
+            "tproxyd install puts it back; see what else writes this sysctl",
+        )
 
 
 def clashes(patient: Patient) -> Iterator[Check]:

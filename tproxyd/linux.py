@@ -27,6 +27,11 @@ _NETLINK_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY = 20
 _NLM_F_REQUEST = 1
 _NLMSG_ERROR = 2
+# include/uapi/linux/rtnetlink.h
+_RTM_GETROUTE = 26
+_RTA_DST = 1
+_RTN_LOCAL, _RTN_BROADCAST, _RTN_ANYCAST = 2, 3, 4
+_KINDS = {_RTN_LOCAL: "own", _RTN_ANYCAST: "own", _RTN_BROADCAST: "broadcast"}
 # include/net/tcp_states.h
 TCP_LISTEN = 10
 TCP_SYN_RECV = 3
@@ -119,18 +124,21 @@ def interface_is_up(name: str) -> bool:
 def address_kind(host: str) -> str:
     """ "own", "broadcast" or "" for an address, as the routing tables of this namespace see it.
 
-    A UDP connect sends nothing: it is a route look-up. For a local address the kernel picks that
-    very address as the source (ip_route_output_key -> fib_select_path); for a broadcast address it
-    answers EACCES. Asking bind() instead would believe every address under ip_nonlocal_bind=1.
+    One RTM_GETROUTE, which needs no privilege; the answer's type says it. Two cheaper questions
+    have wrong answers: bind() takes every address for our own under ip_nonlocal_bind=1, and the
+    source that a UDP connect picks is not the address itself when that is a secondary one.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((host, 9))  # discard; any port would do
-        except OSError as error:
-            return "broadcast" if error.errno == errno.EACCES else ""
-        own: str = probe.getsockname()[0]
-        return "own" if own == host.partition("%")[0] else ""
+    address = _packed(family, host)
+    attribute = struct.pack("=HH", 4 + len(address), _RTA_DST) + address
+    message = struct.pack("=BBBBBBBBI", family, len(address) * 8, 0, 0, 0, 0, 0, 0, 0) + attribute
+    request = struct.pack("=IHHII", 16 + len(message), _RTM_GETROUTE, _NLM_F_REQUEST, 0, 0)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC) as sock:
+        sock.send(request + message)
+        reply = sock.recv(4096)
+    if struct.unpack_from("=H", reply, 4)[0] == _NLMSG_ERROR:
+        return ""  # no route to it: then it is nobody here
+    return _KINDS.get(reply[16 + 7], "")  # rtm_type
 
 
 class HasOptions(Protocol):

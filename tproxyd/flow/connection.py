@@ -31,6 +31,10 @@ from tproxyd.flow.relay import Limits, Outcome, Relay, receive
 from tproxyd.flow.stream import Step, Stream, Wait
 from tproxyd.flow.tally import HeaderResult
 
+# Of a client that is never asked for a header, what is read before its upstream is connected: a
+# request's head or a TLS hello. The rest comes through the relay.
+_AT_HAND = 16 * 1024
+
 
 class World(Network, Protocol):
     """All that a connection touches beyond its own sockets: the worker, or a test's stand-in."""
@@ -72,7 +76,7 @@ def serve(downstream: Stream, peer: Peer, lane: Lane, world: World) -> Generator
         life.header, early = yield from read_header(downstream, expected, listener, world)
         plan = plan_for(peer, life.dst, life.header, listener.source, lane.own_ports, world.kind_of)
         plan = agreed(plan, life, world)
-        upstream = yield from connect(plan, listener.connect_timeout_s, life, world)
+        upstream = yield from connect(plan, listener, life, world, speaks=bool(early))
         moved: Outcome = yield Relay(downstream, upstream.stream, early, lane.limits)
         life.reason, life.detail, life.received, life.sent, aborted = moved
     except (PeerError, UpstreamError) as failure:
@@ -86,20 +90,18 @@ def serve(downstream: Stream, peer: Peer, lane: Lane, world: World) -> Generator
 def read_header(
     downstream: Stream, expected: HeaderPolicy | None, listener: Listener, world: World
 ) -> Step[tuple[Header | None, bytes]]:
-    """The PROXY header, if one is to be there, and the payload that came along with it.
+    """The PROXY header, if one is to be there, and the payload that is here already.
 
     Never more than max_header_bytes are asked for at once, and nothing is asked for behind the
     header, so that is also the most that `early` can hold. Raises PeerError.
     """
     if expected is None:
-        return None, b""
+        n = read(downstream, world, _AT_HAND)
+        return None, bytes(world.view[:n]) if n else b""
     deadline = world.now() + listener.header_timeout_s
     got = bytearray()
     while True:
-        try:
-            n = receive(downstream, world.view, listener.max_header_bytes)
-        except OSError as error:
-            raise PeerError(CloseReason.DOWNSTREAM_RESET, error.strerror or "") from None
+        n = read(downstream, world, listener.max_header_bytes)
         if n is None:
             if (yield Wait(downstream, deadline)) or world.now() < deadline:
                 continue
@@ -138,6 +140,14 @@ def read_header(
         return None, bytes(got)
 
 
+def read(downstream: Stream, world: World, size: int) -> int | None:
+    """How many bytes came into the world's view; None when none are here. Raises PeerError."""
+    try:
+        return receive(downstream, world.view, size)
+    except OSError as error:
+        raise PeerError(CloseReason.DOWNSTREAM_RESET, error.strerror or "") from None
+
+
 def agreed(plan: Plan | Refusal, life: Record, world: World) -> Plan:
     """The plan, written down; a refusal is raised as PeerError."""
     refused = isinstance(plan, Refusal)
@@ -152,10 +162,12 @@ def agreed(plan: Plan | Refusal, life: Record, world: World) -> Plan:
     return plan
 
 
-def connect(plan: Plan, timeout_s: float, life: Record, world: World) -> Step[Dialled]:
+def connect(
+    plan: Plan, listener: Listener, life: Record, world: World, speaks: bool
+) -> Step[Dialled]:
     """The upstream, connected as planned, and how long that took."""
     began = world.now()
-    upstream = yield from dial(plan, timeout_s, world)
+    upstream = yield from dial(plan, listener.connect_timeout_s, world, speaks)
     world.connected(world.now() - began)
     life.source = upstream.source
     return upstream

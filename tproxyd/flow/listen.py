@@ -25,6 +25,8 @@ from tproxyd.linux import IP_TRANSPARENT, IPV6_TRANSPARENT, SO_MARK
 # What a burst may queue while the worker is busy; the kernel clamps it to net.core.somaxconn
 # (4096 by default since Linux 5.4).
 BACKLOG = 4096
+_INET, _INET6 = int(socket.AF_INET), int(socket.AF_INET6)
+_STREAM = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
 # Seconds of silence before the kernel asks whether the client is still there. Below the 350 s of
 # cloud balancers and the usual NAT time-outs, so that a quiet connection keeps its entry there.
 KEEPALIVE_IDLE_S = 300
@@ -117,5 +119,5 @@ def accept(listener: socket.socket) -> tuple[socket.SocketType, Peer]:
     ioctl to change it would cost 0.3 µs); every call on it carries MSG_DONTWAIT instead.
     """
     fd, address = listener._accept()  # type: ignore[attr-defined]
-    kind = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
-    return socket.SocketType(listener.family, kind, 0, fd), Peer(endpoint(address))
+    family = _INET if len(address) == 2 else _INET6  # asking the listener makes an enum: 0.5 µs
+    return socket.SocketType(family, _STREAM, 0, fd), Peer(endpoint(address))

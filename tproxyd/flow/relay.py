@@ -147,12 +147,17 @@ class Relay:
         # the walk waited for it, has had its edges already: it is read until it says so.
         new_downstream = driver.watch(self._downstream, self.on_downstream)
         new_upstream = driver.watch(self._upstream, self.on_upstream)
-        if self.up.rest:
-            self._flush(self.up)
-        else:  # the request is usually here before its connection is accepted
-            self._pump(self.up, thorough=not new_downstream)
+        if self.up.rest and self._deliver(self.up):
+            # They carried the ACK of the handshake (connect.py); from here on it is as usual.
+            self._upstream.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+        if not (self._over or self.up.rest or new_downstream):
+            self._pump(self.up, thorough=True)
         if not (self._over or new_upstream):
             self._pump(self.down, thorough=True)
+        if not new_downstream:
+            self._check_unread(self.up)
+        if not new_upstream:
+            self._check_unread(self.down)
         if not self._over:
             self._set_timer()
 
@@ -170,10 +175,8 @@ class Relay:
         if events & _IN and not self._over:
             if not (inward.rest or inward.stop_reading):
                 self._pump(inward, bool(events & _LAST), bool(events & _FIN))
-            if events & select.EPOLLERR and (inward.rest or inward.stop_reading):
-                # Not reading: the other side stalls, or this one has finished, and then closed
-                # altogether and was sent more. An RST must wait for neither.
-                self._check(inward)
+            if events & select.EPOLLERR:
+                self._check_unread(inward)
 
     def _pump(self, way: Direction, thorough: bool, fin: bool = False) -> None:
         """Move what is there, up to TURN_READS buffers; `thorough`: until recv says so.
@@ -197,9 +200,9 @@ class Relay:
             if n == 0:
                 self._eof(way)
                 return
-            held = fin and n < BUFFER_SIZE
+            more = fin and n < BUFFER_SIZE
             try:
-                sent = way.write(view[:n], _SEND_FLAGS | _MORE if held else _SEND_FLAGS)
+                sent = way.write(view[:n], _SEND_FLAGS | _MORE if more else _SEND_FLAGS)
             except BlockingIOError:
                 sent = 0
             except OSError as error:
@@ -208,8 +211,11 @@ class Relay:
             way.delivered += sent
             if sent < n:
                 way.rest = bytes(view[sent:n])
+                if held:
+                    self._let_go(way)
                 self._driver.watch_for_room(way.sink)
                 return
+            held = more
             if n < BUFFER_SIZE and not thorough:
                 return
         if held:
@@ -228,9 +234,18 @@ class Relay:
         for way in (self.up, self.down):
             if not self._over and not way.rest:
                 self._pump(way, thorough=True)
+                self._check_unread(way)
 
     def _flush(self, way: Direction) -> None:
         """Deliver what was left over, then read on: edges were ignored meanwhile."""
+        if self._deliver(way):
+            if way.stop_reading:
+                self._end(way)
+            else:
+                self._pump(way, thorough=True)
+
+    def _deliver(self, way: Direction) -> bool:
+        """Send what was left over; whether all of it went."""
         rest = memoryview(way.rest)
         while rest:
             try:
@@ -238,17 +253,14 @@ class Relay:
             except BlockingIOError:
                 way.rest = rest
                 self._driver.watch_for_room(way.sink)
-                return
+                return False
             except OSError as error:
                 self._sink_gone(way, error)
-                return
+                return False
             way.delivered += sent
             rest = rest[sent:]
         way.rest = b""
-        if way.stop_reading:
-            self._end(way)
-        else:
-            self._pump(way, thorough=True)
+        return True
 
     def _eof(self, way: Direction) -> None:
         way.stop_reading = True
@@ -288,8 +300,13 @@ class Relay:
                 break
         self._reset(way.sink, error)
 
-    def _check(self, way: Direction) -> None:
-        if self._over:
+    def _check_unread(self, way: Direction) -> None:
+        """Look for an RST where no recv will find it, after its edge or where that is spent.
+
+        We do not read because the other side stalls, or because this one has finished, and then
+        closed altogether and was sent more. An RST must wait for neither.
+        """
+        if self._over or not (way.rest or way.stop_reading):
             return
         code = int.from_bytes(
             way.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR, _SO_ERROR_SIZE), "little"

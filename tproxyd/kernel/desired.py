@@ -11,9 +11,12 @@ The walk of one connection on this host, C the client, P the pod's address:
 Two ways to mark the answer (`return_path`):
 
 - accept-mark: the sysctl net.ipv4.tcp_fwmark_accept=1 (which serves IPv6 as well) makes the
-  application's accepted socket inherit the mark of the SYN. No conntrack, the fastest, but it
-  applies to every listener in the namespace: right in a pod, wrong as a silent default on a host
-  whose other programs mark packets. Our own listeners carry another mark, so they inherit none.
+  application's accepted socket inherit the mark of the SYN. What answers without a socket, the RST
+  of a closed port or an ICMP error, needs fwmark_reflect=1 (one for IPv4, one for IPv6): without it
+  such an answer leaves toward the client, and a refused connection ends as a timeout. No conntrack,
+  the fastest, but the sysctls apply to the whole namespace: right in a pod, wrong as a silent
+  default on a host whose other programs mark packets. Our own listeners carry another mark, so that
+  they inherit none.
 - conntrack: the connection is marked when its packets pass lo, its answers get the mark from it.
 
 No DIVERT rule and no mark on the way in: a local destination is delivered locally in any case, and
@@ -33,6 +36,7 @@ from typing import NamedTuple
 from tproxyd.addr import PrefixSet
 from tproxyd.config import EVERY_PORT, Config, Intercept, Listener, ReturnPath
 from tproxyd.kernel.firewall import (
+    Assured,
     Chain,
     ConnMark,
     DestinationIn,
@@ -43,11 +47,12 @@ from tproxyd.kernel.firewall import (
     InInterface,
     IpVersion,
     Match,
-    MeetsTransparentSocket,
+    MeetsSocket,
     NotForUs,
     NotTcp,
     PacketMark,
     PortIn,
+    RstAck,
     Rule,
     SetConnMark,
     SetPacketMark,
@@ -57,13 +62,13 @@ from tproxyd.kernel.firewall import (
     Verdict,
 )
 from tproxyd.kernel.state import (
-    FWMARK_ACCEPT,
-    OURS,
-    OURS_AND_SYSCTL,
+    MARK_SYSCTLS,
+    REFLECT_V6,
     KernelState,
     PolicyRule,
     Route,
     Sysctl,
+    number_for,
 )
 
 # The mark in decimal (0x539), for whoever reads `ip rule`. Behind `local` (0); before Tailscale's
@@ -78,8 +83,8 @@ class Facts:
 
     ipv6: bool
     host_netns: bool  # this is the host's own network namespace
-    accept_mark_before: bool = False  # tcp_fwmark_accept was 1 before us
-    accept_mark_writable: bool = True  # false where containers get /proc/sys read-only
+    set_before: frozenset[str] = frozenset()  # those of MARK_SYSCTLS that were not 0 before us
+    sysctls_writable: bool = True  # false where containers get /proc/sys read-only
     lo_up: bool = True
 
 
@@ -95,10 +100,10 @@ def return_path(config: Config, facts: Facts) -> Choice:
         return Choice(chosen, f"return path {chosen}: the configuration says so")
     if facts.host_netns:
         path, why = ReturnPath.CONNTRACK, "this is the host's network namespace, where others mark"
-    elif facts.accept_mark_before:
-        path, why = ReturnPath.ACCEPT_MARK, f"{FWMARK_ACCEPT} is 1 here already"
-    elif not facts.accept_mark_writable:
-        path, why = ReturnPath.CONNTRACK, f"{FWMARK_ACCEPT} cannot be written here"
+    elif not _to_be_set(facts):
+        path, why = ReturnPath.ACCEPT_MARK, "its sysctls are set here already"
+    elif not facts.sysctls_writable:
+        path, why = ReturnPath.CONNTRACK, "sysctls cannot be written here"
     else:
         path, why = ReturnPath.ACCEPT_MARK, "this network namespace is not the host's"
     return Choice(path, f"return path {path}: {why}")
@@ -110,12 +115,12 @@ def desired(config: Config, *, facts: Facts, intercept: bool = True) -> KernelSt
     Connections that live then need no interception: their packets find their sockets.
     """
     path = return_path(config, facts).path
-    sysctl = path is ReturnPath.ACCEPT_MARK and not facts.accept_mark_before
-    protocol = OURS_AND_SYSCTL if sysctl else OURS
+    sysctls = _to_be_set(facts) if path is ReturnPath.ACCEPT_MARK else ()
+    protocol = number_for(sysctls)
     mask = mark_mask(config.mark)
     families: tuple[Family, ...] = (4, 6) if facts.ipv6 else (4,)
     return KernelState(
-        sysctls=(Sysctl(FWMARK_ACCEPT, 1),) if sysctl else (),
+        sysctls=tuple(Sysctl(name, 1) for name in sysctls),
         routes=tuple(Route(family, config.table, protocol) for family in families),
         rules=tuple(
             PolicyRule(family, PRIORITY, config.mark, mask, config.table, protocol)
@@ -123,6 +128,12 @@ def desired(config: Config, *, facts: Facts, intercept: bool = True) -> KernelSt
         ),
         firewall=_firewall(config, facts, path, intercept),
     )
+
+
+def _to_be_set(facts: Facts) -> tuple[str, ...]:
+    """The sysctls of accept-mark that were not set before us."""
+    needed = (name for name in MARK_SYSCTLS if facts.ipv6 or name != REFLECT_V6)
+    return tuple(name for name in needed if name not in facts.set_before)
 
 
 def notes(config: Config, facts: Facts) -> tuple[str, ...]:
@@ -154,11 +165,12 @@ def _firewall(config: Config, facts: Facts, path: ReturnPath, intercept: bool) -
     mark, mask = config.mark, mark_mask(config.mark)
     ours_on_lo = (InInterface(("lo",)), PacketMark(mark, mask))
     guard = Rule(
-        (*ours_on_lo, Syn(), MeetsTransparentSocket()),
+        (*ours_on_lo, Syn(), MeetsSocket(transparent=True)),
         Verdict.DROP,
-        "our SYN to the application meets a living connection of the same client: delivered, it is"
-        " answered there, and our RST to that answer kills that client; dropped, our dialler sees"
-        " it and takes another port (the application's own listener is not transparent: no match)",
+        "our SYN to the application meets a living connection of the same client. Delivered, it is"
+        " answered there, our connect stalls, and with conntrack it has given that connection our"
+        " mark. Dropped, it is missed at once by our dialler, which takes another port. (The"
+        " application's own listener is not transparent.)",
     )
     remember = Rule(
         ours_on_lo,
@@ -166,10 +178,21 @@ def _firewall(config: Config, facts: Facts, path: ReturnPath, intercept: bool) -
         "keep the mark of our upstream connection for its answers; without it they leave toward the"
         " real client, which resets the connection",
     )
+    refusal = Rule(
+        (ConnMark(mark, mask), RstAck(), Assured()),
+        Goto(_ABORTS),
+        "a client whose port our upstream connection already has is refused by us, with an RST that"
+        " conntrack takes for that connection's: it must go to the client",
+    )
     recall = Rule(
         (ConnMark(mark, mask),),
         SetPacketMark(mark, mask),
         "the application's answer gets the mark of its connection and is routed once more, to lo",
+    )
+    abort = Rule(
+        (MeetsSocket(transparent=False),),
+        SetPacketMark(mark, mask),
+        "an RST that the application's own socket sends is for us; a refusal is sent by no socket",
     )
     bypasses = (
         Rule(
@@ -192,10 +215,14 @@ def _firewall(config: Config, facts: Facts, path: ReturnPath, intercept: bool) -
     )
     chains = [Chain("prerouting", Hook.PREROUTING, prerouting)]
     if path is ReturnPath.CONNTRACK:
-        chains.append(Chain("output", Hook.OUTPUT, (recall,)))
+        chains.append(Chain("output", Hook.OUTPUT, (refusal, recall)))
+        chains.append(Chain(_ABORTS, None, (abort,)))
     if intercept:
         chains += [_take(listener, facts) for listener in config.listeners]
     return tuple(chains)
+
+
+_ABORTS = "aborts"  # no listener's chain: those begin with "take_"
 
 
 def _chain_name(listener: Listener) -> str:

@@ -269,9 +269,10 @@ def _wait_for_release(patience: float) -> None:
 
 def _holder() -> str:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)  # who waited before us may have filled its queue
         try:
             probe.connect(LOCK_NAME)
             raw = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
         except OSError:
-            return "gone by now"
+            return "it does not say which"
     return f"process {struct.unpack('3i', raw)[0]}"

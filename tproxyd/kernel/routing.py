@@ -4,7 +4,7 @@ pyroute2 is imported on first use, since neither workers nor commands that touch
 for it, and in part (`_Pyroute2`). It runs an event loop of its own inside, so nothing here may be
 called where an asyncio loop runs. What is built on:
 
-- Ours is what carries one of our two protocol numbers (state.py), in every table. The kernel
+- Ours is what carries one of our protocol numbers (state.py), in every table. The kernel
   filters the dump of routes (NETLINK_GET_STRICT_CHK, Linux ≥ 4.20): a router may have a million.
 - A route that somebody else has put at our place is not replaced (NLM_F_EXCL): it would be gone
   after clean. One of ours that only has the other number is replaced, which is atomic.
@@ -34,9 +34,8 @@ from tproxyd.errors import KernelError
 from tproxyd.kernel.desired import Facts, mark_mask
 from tproxyd.kernel.firewall import FULL_MASK, Family
 from tproxyd.kernel.state import (
-    FWMARK_ACCEPT,
-    OURS,
-    OURS_AND_SYSCTL,
+    MARK_SYSCTLS,
+    NUMBERS,
     Change,
     KernelState,
     PolicyRule,
@@ -44,11 +43,11 @@ from tproxyd.kernel.state import (
     Sysctl,
     UnknownRoute,
     UnknownRule,
+    remembered,
 )
 
 _LO = 1
 _AF: dict[Family, int] = {4: socket.AF_INET, 6: socket.AF_INET6}
-_NUMBERS = (OURS, OURS_AND_SYSCTL)
 
 # include/uapi/linux/rtnetlink.h, fib_rules.h, if.h
 _RTN_LOCAL = 2
@@ -84,35 +83,39 @@ class Routing:
 
     def __init__(self) -> None:
         self._socket: Any = None
+        self._read: tuple[list[Any], list[Any]] | None = None  # until something is changed
 
     def close(self) -> None:
         if self._socket is not None:
             self._socket.close()
             self._socket = None
+        self._read = None
 
     def facts(self) -> Facts:
         """What `desired` must know of this machine."""
-        path = _path(FWMARK_ACCEPT)
+        owned = _remembered(*self._ours())
         return Facts(
             ipv6=_ipv6(),
             host_netns=in_host_netns(),
-            accept_mark_before=_value(path) == 1 and not self._owned(*self._ours()),
-            accept_mark_writable=_writable(path),
+            set_before=frozenset(name for name in MARK_SYSCTLS if _value(name)) - owned,
+            sysctls_writable=all(_writable(name) for name in MARK_SYSCTLS),
             lo_up=self._lo_up(),
         )
 
     def read(self) -> KernelState:
-        """Ours, without the firewall; the sysctl only while something remembers that it is ours."""
+        """Ours, without the firewall; a sysctl only while something remembers that it is ours."""
         routes, rules = self._ours()
-        value = _value(_path(FWMARK_ACCEPT)) if self._owned(routes, rules) else 0
+        owned = _remembered(routes, rules)
+        values = ((name, _value(name)) for name in MARK_SYSCTLS if name in owned)
         return KernelState(
-            sysctls=(Sysctl(FWMARK_ACCEPT, value),) if value else (),
+            sysctls=tuple(Sysctl(name, value) for name, value in values if value),
             routes=tuple(map(_route, routes)),
             rules=tuple(map(_rule, rules)),
         )
 
     def apply(self, change: Change) -> None:
         """Make one change to a sysctl, route or rule; KernelError when the kernel refuses."""
+        self._read = None
         match change.old, change.new:
             case _, Sysctl() as new:
                 _write(new.name, new.value)
@@ -146,11 +149,11 @@ class Routing:
         ours = mark_mask(mark)
         for family, address_family in _AF.items():
             for message in self._dump(family, "route", {"family": address_family, "table": table}):
-                if message["proto"] not in _NUMBERS and message.get("table") == table:
+                if message["proto"] not in NUMBERS and message.get("table") == table:
                     where = f"{message.get('dst') or 'default'}/{message['dst_len']}"
                     found.append(f"table {table} has another program's IPv{family} route: {where}")
             for message in self._dump(family, "rule", {"family": address_family}):
-                if message.get("protocol") in _NUMBERS:
+                if message.get("protocol") in NUMBERS:
                     continue
                 at, to = message.get("priority", 0), message.get("table")
                 rule = f"another program's IPv{family} rule at priority {at}"
@@ -184,22 +187,17 @@ class Routing:
 
     def _ours(self) -> tuple[list[Any], list[Any]]:
         """Our routes and our rules, as netlink messages."""
+        if self._read is not None:
+            return self._read
         routes: list[Any] = []
         rules: list[Any] = []
         for family in _AF:
-            for number in _NUMBERS:
+            for number in NUMBERS:
                 routes += self._dump(family, "route", _of_protocol(family, number))
             found = self._dump(family, "rule", {"family": _AF[family]})
-            rules += [message for message in found if message.get("protocol") in _NUMBERS]
-        return routes, rules
-
-    @staticmethod
-    def _owned(routes: list[Any], rules: list[Any]) -> bool:
-        """Somebody remembers that tcp_fwmark_accept was 0 before us."""
-        return OURS_AND_SYSCTL in (
-            *(message["proto"] for message in routes),
-            *(message.get("protocol") for message in rules),
-        )
+            rules += [message for message in found if message.get("protocol") in NUMBERS]
+        self._read = routes, rules
+        return self._read
 
     def _dump(self, family: Family, method: str, query: dict[str, object]) -> list[Any]:
         action = f"read the IPv{family} routes and rules"
@@ -331,12 +329,19 @@ def _first(item: object, read: Callable[[Any], object]) -> Callable[[Any], bool]
 
     def first(message: Any) -> bool:  # noqa: ANN401
         number = message["proto"] if "proto" in message else message.get("protocol")
-        if seen or number not in _NUMBERS or read(message) != item:
+        if seen or number not in NUMBERS or read(message) != item:
             return False
         seen.append(message)
         return True
 
     return first
+
+
+def _remembered(routes: list[Any], rules: list[Any]) -> frozenset[str]:
+    """The sysctls of which some item of ours says that they were 0 before us."""
+    numbers = {message["proto"] for message in routes}
+    numbers |= {message.get("protocol") for message in rules}
+    return frozenset(name for number in numbers for name in remembered(number))
 
 
 def _code(error: KernelError) -> int | None:
@@ -350,16 +355,19 @@ def _path(name: str) -> Path:
     return Path("/proc/sys", *name.split("."))
 
 
-def _value(path: Path) -> int:
+def _value(name: str) -> int:
     """0 where the kernel has no such sysctl."""
     try:
-        return int(path.read_text())
+        return int(_path(name).read_text())
     except OSError:
         return 0
 
 
-def _writable(path: Path) -> bool:
+def _writable(name: str) -> bool:
     """Opening says it without a change; access(2) asks for the real user, not the capabilities."""
+    path = _path(name)
+    if not path.exists():  # without IPv6: then it is not written either
+        return True
     try:
         os.close(os.open(path, os.O_WRONLY | os.O_CLOEXEC))
     except OSError:
@@ -382,5 +390,5 @@ def _ipv6() -> bool:
         socket.socket(socket.AF_INET6, socket.SOCK_STREAM).close()
     except OSError:
         return False
-    path = _path("net.ipv6.conf.lo.disable_ipv6")
-    return path.exists() and _value(path) == 0
+    name = "net.ipv6.conf.lo.disable_ipv6"
+    return _path(name).exists() and _value(name) == 0

@@ -8,32 +8,50 @@ Whose is it? The nft table `inet tproxyd` is ours by its name. Rules and routes 
 routing protocol number (rtm_protocol, FRA_PROTOCOL: a byte that the kernel only stores), so that
 they are found whatever table, mark or priority the configuration of their day gave them.
 
-The sysctl net.ipv4.tcp_fwmark_accept has no owner field, and clean must give it back without a
-file or a process that remembers. So the same byte remembers it: there are two numbers of ours,
+Sysctls have no owner field, and clean must give them back without a file or a process that
+remembers. So the same byte remembers them: our number is 133 plus a bit for each of MARK_SYSCTLS
+that was 0 before us and is to be put back to 0,
 
-    133   ours
-    134   ours, and tcp_fwmark_accept was 0 before us: clean puts it back to 0
+    133   ours; nothing to give back
+    134   … and net.ipv4.tcp_fwmark_accept was 0
+    135   … and net.ipv4.fwmark_reflect was 0
+    137   … and net.ipv6.fwmark_reflect was 0      (140: all three were)
 
-and all our rules and routes carry the same one, so any survivor can tell. If the sysctl was 1
-before we came, we are 133 and it stays 1. A state that was *read* therefore contains the sysctl
-only while some survivor says 134. The memory is written before the sysctl and dropped after it (see
+and all our rules and routes carry the same one, so any survivor can tell. A sysctl that was set
+before we came has no bit and stays set. A state that was *read* therefore contains a sysctl only
+while some survivor has its bit. The memory is written before the sysctl and dropped after it (see
 Stage), so a crash between any two steps loses nothing. Pure.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 from tproxyd.kernel.firewall import Family, Firewall, Rule, Unknown
 
-# 133 as our routing table; neither is in iproute2's list of protocols (/etc/iproute2/rt_protos).
-OURS = 133
-OURS_AND_SYSCTL = 134
-
 FWMARK_ACCEPT = "net.ipv4.tcp_fwmark_accept"
+REFLECT_V4, REFLECT_V6 = "net.ipv4.fwmark_reflect", "net.ipv6.fwmark_reflect"
+MARK_SYSCTLS = (FWMARK_ACCEPT, REFLECT_V4, REFLECT_V6)
+
+# 133 as our routing table; none of these is in iproute2's list (/etc/iproute2/rt_protos).
+OURS = 133
+NUMBERS = range(OURS, OURS + (1 << len(MARK_SYSCTLS)))
+
+
+def number_for(sysctls: Iterable[str]) -> int:
+    """Our protocol number when these are to be given back."""
+    return OURS + sum(1 << MARK_SYSCTLS.index(name) for name in sysctls)
+
+
+def remembered(number: int | None) -> frozenset[str]:
+    """The sysctls that an item with this protocol number says are to be given back."""
+    if number is None or number not in NUMBERS:
+        return frozenset()
+    bits = number - OURS
+    return frozenset(name for i, name in enumerate(MARK_SYSCTLS) if bits >> i & 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +174,8 @@ class Stage(IntEnum):
     """The order of changes.
 
     On the way up the interception comes last, when everything that brings answers home stands; on
-    the way down it goes first. The number 134 is written before the sysctl that it remembers (in
-    the routes, the first up) and dropped after it (in the rules too: they may be the survivor).
+    the way down it goes first. A number is written before the sysctls that it remembers (in the
+    routes, the first up) and dropped after them (in the rules too: they may be the survivor).
     """
 
     ADD_ROUTE = 0
@@ -219,13 +237,28 @@ def _paired(have: Sequence[Item], want: Sequence[Item]) -> list[Change]:
         old = next((item for item in spare if item.slot == new.slot), None)
         if old is not None:
             spare.remove(old)
+            between = _remembering_both(old, new)
+            if between is not None:
+                changes.append(Change(_stage(old, between), old, between))
+                old = between
         changes.append(Change(_stage(old, new), old, new))
     return [*changes, *(Change(_stage(old, None), old, None) for old in spare)]
 
 
+def _remembering_both(old: Item, new: Item) -> Item | None:
+    """A step between, where the new number remembers a sysctl and forgets another."""
+    if isinstance(old, Route | PolicyRule) and isinstance(new, Route | PolicyRule):
+        both = number_for(remembered(old.protocol) | remembered(new.protocol))
+        if both not in (old.protocol, new.protocol):
+            return replace(new, protocol=both)
+    return None
+
+
 def _stage(old: Item | None, new: Item | None) -> Stage:
-    """Where a change stands; a replacement that drops the memory of the sysctl is a removal."""
-    forgets = isinstance(old, Route | PolicyRule) and old.protocol == OURS_AND_SYSCTL
+    """Where a change stands; a replacement that drops the memory of a sysctl is a removal."""
+    forgets = False
+    if isinstance(old, Route | PolicyRule) and isinstance(new, Route | PolicyRule):
+        forgets = not remembered(old.protocol) <= remembered(new.protocol)
     builds = new is not None and not forgets
     match new or old:
         case Sysctl():

@@ -15,9 +15,10 @@ from tproxyd.errors import KernelError
 from tproxyd.kernel.desired import Facts
 from tproxyd.kernel.firewall import Firewall
 from tproxyd.kernel.state import (
-    FWMARK_ACCEPT,
+    MARK_SYSCTLS,
+    NUMBERS,
     OURS,
-    OURS_AND_SYSCTL,
+    REFLECT_V6,
     Change,
     KernelState,
     PolicyRule,
@@ -25,6 +26,7 @@ from tproxyd.kernel.state import (
     Sysctl,
     UnknownRoute,
     UnknownRule,
+    remembered,
     render,
 )
 
@@ -41,12 +43,13 @@ class FakeKernel:
         *,
         ipv6: bool = True,
         host_netns: bool = False,
-        accept_mark: int = 0,
-        accept_mark_writable: bool = True,
+        sysctls: tuple[int, int, int] = (0, 0, 0),
+        writable: bool = True,
         lo_up: bool = True,
     ) -> None:
         self.ipv6, self.host_netns, self.lo_up = ipv6, host_netns, lo_up
-        self.accept_mark, self.accept_mark_writable = accept_mark, accept_mark_writable
+        self.sysctls = dict(zip(MARK_SYSCTLS, sysctls, strict=True))
+        self.writable = writable
         self.routes: list[Route | UnknownRoute] = []
         self.rules: list[PolicyRule | UnknownRule] = []
         self.firewall: Firewall = ()
@@ -71,16 +74,20 @@ class FakeKernel:
         return Facts(
             ipv6=self.ipv6,
             host_netns=self.host_netns,
-            accept_mark_before=self.accept_mark == 1 and not self.remembers,
-            accept_mark_writable=self.accept_mark_writable,
+            set_before=frozenset(n for n, value in self.sysctls.items() if value) - self.remembers,
+            sysctls_writable=self.writable,
             lo_up=self.lo_up,
         )
 
     def read_routing(self) -> KernelState:
         assert self._locked, "read without the lock"
-        held = self.remembers and self.accept_mark
+        held = self.remembers
         return KernelState(
-            sysctls=(Sysctl(FWMARK_ACCEPT, self.accept_mark),) if held else (),
+            sysctls=tuple(
+                Sysctl(name, value)
+                for name, value in self.sysctls.items()
+                if value and name in held
+            ),
             routes=tuple(filter(is_ours, self.routes)),
             rules=tuple(filter(is_ours, self.rules)),
         )
@@ -121,20 +128,21 @@ class FakeKernel:
     # Behaviour ------------------------------------------------------------------------------------
 
     @property
-    def remembers(self) -> bool:
-        """Some item says that tcp_fwmark_accept was 0 before us."""
-        return any(
-            getattr(item, "protocol", None) == OURS_AND_SYSCTL
+    def remembers(self) -> frozenset[str]:
+        """The sysctls of which some item says that they were 0 before us."""
+        return frozenset(
+            name
             for item in (*self.routes, *self.rules)
+            for name in remembered(getattr(item, "protocol", None))
         )
 
     def _write(self, name: str, value: int) -> None:
-        assert name == FWMARK_ACCEPT, name
-        assert self.remembers, f"{name} is written and nothing would remember it\n{self}"
-        assert value != self.accept_mark, f"{name} is {value} already\n{self}"
-        if not self.accept_mark_writable:
+        assert name in self.remembers, f"{name} is written, nothing would remember it\n{self}"
+        assert value != self.sysctls[name], f"{name} is {value} already\n{self}"
+        assert self.ipv6 or name != REFLECT_V6, f"{name}, without IPv6"
+        if not self.writable:
             raise KernelError(f"set {name}={value}", "Read-only file system", "use conntrack")
-        self.accept_mark = value
+        self.sysctls[name] = value
 
     def _add_route(self, old: object, new: Route) -> None:
         assert self.ipv6 or new.family == 4, f"{new}, without IPv6"
@@ -158,8 +166,8 @@ class FakeKernel:
 
     def __str__(self) -> str:
         ours = KernelState((), tuple(self.routes), tuple(self.rules), self.firewall)
-        return f"{render(ours)}{FWMARK_ACCEPT}={self.accept_mark}\n{self.foreign_tables}\n"
+        return f"{render(ours)}{self.sysctls}\n{self.foreign_tables}\n"
 
 
 def is_ours(item: Route | UnknownRoute | PolicyRule | UnknownRule) -> bool:
-    return getattr(item, "protocol", OURS) in (OURS, OURS_AND_SYSCTL)
+    return getattr(item, "protocol", OURS) in NUMBERS

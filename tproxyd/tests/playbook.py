@@ -31,11 +31,14 @@ from tproxyd.addr import PrefixSet as Prefixes
 from tproxyd.config import HeaderPolicy, Listener, ProxyProtocol, SourceKind
 from tproxyd.errors import CloseReason, PeerError
 from tproxyd.flow import policy as policies
+from tproxyd.flow.connect import rotate
 from tproxyd.flow.connection import Lane, serve
+from tproxyd.flow.proxyproto import encode_v2
 from tproxyd.flow.record import Record
 from tproxyd.flow.relay import Limits, Outcome, Relay
 from tproxyd.flow.stream import Bytes, Stream, Wait
 from tproxyd.flow.tally import HeaderResult, PortCause
+from tproxyd.flow.tlv import Tlv
 
 Result = TypeVar("Result")
 
@@ -43,6 +46,13 @@ PEER = Endpoint("10.9.1.2", 40000)
 APP = Endpoint("10.9.1.1", 80)
 KERNEL_PORT = 45678  # what the kernel chooses in a playbook, when it is left to it
 FIN = Outcome(CloseReason.DOWNSTREAM_FIN, "", 3, 5, aborted=False)
+ENDED = "end both by FIN: downstream_fin"  # and what the walk does then
+RESET = ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+AS_PEER = f"{PEER.host}:{rotate(PEER.port)}"
+FAR = Endpoint("106.52.131.116", 51234)  # the client that headers name here
+AS_FAR = f"{FAR.host}:{rotate(FAR.port)}"
+V1 = f"PROXY TCP4 {FAR.host} {APP.host} {FAR.port} {APP.port}\r\n".encode()
+V2 = encode_v2(FAR, APP, [Tlv(5, b"id-1")])
 
 
 class _Word:
@@ -118,6 +128,9 @@ class FakeStream:
 
     def recv_into(self, buffer: bytearray | memoryview, nbytes: int, flags: int) -> int:
         self._open()
+        if not self.book.has_policy and not self.book.is_next(f"{self.name} recv"):
+            # The look for bytes at hand that every client gets: where it is not written, none.
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         answer = self.book.call(f"{self.name} recv")
         if answer is NOTHING:
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
@@ -174,6 +187,8 @@ class Playbook:
         self.lane = Lane(
             listener, policies.trust(entries), frozenset(own_ports), Limits(3600.0, 60.0)
         )
+        self.has_policy = policy is not None
+        self.speaks = False
         self.peer, self.full, self.kinds = Peer(peer), full, kinds or {}
         self.view = memoryview(bytearray(65536))
         self.client = FakeStream(self, "client", 10, dst)  # type: ignore[arg-type]
@@ -235,6 +250,7 @@ class Playbook:
             assert yielded._upstream is self.streams[-1]
             assert yielded._limits is self.lane.limits
             early = bytes(yielded.up.rest)
+            assert self.speaks == bool(early), "the handshake's ACK waits for bytes, or does not"
             return self.call(f"relay, first {early!r}" if early else "relay")
         stream, deadline = yielded
         assert isinstance(stream, FakeStream)
@@ -260,6 +276,9 @@ class Playbook:
             return line.answer
         return default if default is not _UNANSWERED else self._fail(call, "has no answer")
 
+    def is_next(self, call: str) -> bool:
+        return bool(self._script) and self._script[0].call == call
+
     def note(self, call: str) -> None:
         self.call(call, default=None)
 
@@ -280,9 +299,10 @@ class Playbook:
     def kind_of(self, host: str) -> str:
         return self.kinds.get(host, "")
 
-    def upstream_socket(self, v6: bool, spoof: bool) -> Stream:
+    def upstream_socket(self, v6: bool, spoof: bool, speaks: bool) -> Stream:
         assert self.streams[-1] is self.client or self.streams[-1].closed, "two upstream sockets"
         self.note(f"socket IPv{6 if v6 else 4} as {'client' if spoof else 'proxy'}")
+        self.speaks = speaks
         self.streams.append(FakeStream(self, "upstream", 10 + len(self.streams), None))
         return self.streams[-1]
 

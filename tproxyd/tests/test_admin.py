@@ -183,6 +183,8 @@ def test_a_head_has_8_kib() -> None:
         start = b"GET /livez HTTP/1.1\r\nX: "
         fits = start + b"x" * (admin.MAX_HEAD - len(start) - 4) + b"\r\n\r\n"
         assert (await scene.send(fits))[0].startswith("HTTP/1.1 200 ")
+        one_more = fits[:-4] + b"x" + fits[-4:]
+        assert (await scene.send(one_more))[0].startswith("HTTP/1.1 400 ")
         endless = start + b"x" * (2 * admin.MAX_HEAD)
         assert (await scene.send(endless))[0].startswith("HTTP/1.1 400 ")
 

@@ -11,10 +11,20 @@ from hypothesis import strategies as st
 from tproxyd.config import Config, ReturnPath, parse
 from tproxyd.kernel.desired import Facts, desired, mark_mask, notes, return_path
 from tproxyd.kernel.firewall import Chain, Goto, Rule
-from tproxyd.kernel.state import EMPTY, OURS, OURS_AND_SYSCTL, KernelState, render
+from tproxyd.kernel.state import (
+    EMPTY,
+    FWMARK_ACCEPT,
+    MARK_SYSCTLS,
+    OURS,
+    REFLECT_V4,
+    REFLECT_V6,
+    KernelState,
+    render,
+)
 
 POD = Facts(ipv6=True, host_netns=False)
 HOST = Facts(ipv6=True, host_netns=True)
+ALL = frozenset(MARK_SYSCTLS)
 
 
 def config(text: str) -> Config:
@@ -38,11 +48,13 @@ def selectors(text: str) -> list[str]:
 def test_the_default_in_a_pod() -> None:
     assert bare(desired(Config(), facts=POD)) == inspect.cleandoc(
         """
-        ip -4 route add local default dev lo table 133 proto 134
-        ip -6 route add local default dev lo table 133 proto 134
+        ip -4 route add local default dev lo table 133 proto 140
+        ip -6 route add local default dev lo table 133 proto 140
         sysctl -w net.ipv4.tcp_fwmark_accept=1
-        ip -4 rule add priority 1337 fwmark 0x539/0xfff lookup 133 protocol 134
-        ip -6 rule add priority 1337 fwmark 0x539/0xfff lookup 133 protocol 134
+        sysctl -w net.ipv4.fwmark_reflect=1
+        sysctl -w net.ipv6.fwmark_reflect=1
+        ip -4 rule add priority 1337 fwmark 0x539/0xfff lookup 133 protocol 140
+        ip -6 rule add priority 1337 fwmark 0x539/0xfff lookup 133 protocol 140
         chain prerouting at prerouting:
             in through lo, mark 0x539/0xfff, SYN, meets a transparent socket → drop
             in through lo → accept
@@ -72,7 +84,10 @@ def test_conntrack_on_a_host() -> None:
             not to an address of this host → accept
             not to port 15020-15021, 15090 → goto take_inbound
         chain output at output:
+            connection mark 0x539/0xfff, RST and ACK, of an established connection → goto aborts
             connection mark 0x539/0xfff → set mark 0x539/0xfff
+        chain aborts:
+            meets a not transparent socket → set mark 0x539/0xfff
         chain take_inbound:
             IPv4 → tproxy IPv4 to port 15006 and accept, if a socket is there
             IPv6 → tproxy IPv6 to port 15006 and accept, if a socket is there
@@ -85,9 +100,10 @@ def test_without_ipv6() -> None:
     facts = Facts(ipv6=False, host_netns=False)
     assert bare(desired(Config(), facts=facts)) == inspect.cleandoc(
         """
-        ip -4 route add local default dev lo table 133 proto 134
+        ip -4 route add local default dev lo table 133 proto 136
         sysctl -w net.ipv4.tcp_fwmark_accept=1
-        ip -4 rule add priority 1337 fwmark 0x539/0xfff lookup 133 protocol 134
+        sysctl -w net.ipv4.fwmark_reflect=1
+        ip -4 rule add priority 1337 fwmark 0x539/0xfff lookup 133 protocol 136
         chain prerouting at prerouting:
             in through lo, mark 0x539/0xfff, SYN, meets a transparent socket → drop
             in through lo → accept
@@ -115,7 +131,7 @@ def test_a_drain_keeps_everything_that_brings_answers_home(facts: Facts) -> None
     text = bare(drain)
     assert "meets a transparent socket → drop" in text
     assert ("connection mark" in text) == (facts is HOST)
-    assert "goto" not in text
+    assert "goto take" not in text
     assert "tproxy IPv4" not in text
 
 
@@ -191,7 +207,7 @@ def test_listeners_in_their_order_with_names_that_clash_with_nothing() -> None:
     ]
     state = desired(config(text), facts=HOST)
     names = [chain.name for chain in state.firewall if isinstance(chain, Chain)]
-    assert names == ["prerouting", "output", "take_output", "take_prerouting"]
+    assert names == ["prerouting", "output", "aborts", "take_output", "take_prerouting"]
     assert "IPv4 → tproxy IPv4 to port 1002" in bare(state)
 
 
@@ -209,16 +225,16 @@ def test_every_rule_says_why(facts: Facts) -> None:
     [
         (POD, ReturnPath.ACCEPT_MARK, "not the host's"),
         (HOST, ReturnPath.CONNTRACK, "the host's"),
-        (Facts(True, True, accept_mark_before=True), ReturnPath.CONNTRACK, "the host's"),
+        (Facts(True, True, ALL), ReturnPath.CONNTRACK, "the host's"),
         (
-            Facts(True, False, accept_mark_writable=False),
+            Facts(True, False, sysctls_writable=False),
             ReturnPath.CONNTRACK,
             "cannot be written",
         ),
         (
-            Facts(True, False, accept_mark_before=True, accept_mark_writable=False),
+            Facts(True, False, ALL, sysctls_writable=False),
             ReturnPath.ACCEPT_MARK,
-            "is 1 here already",
+            "set here already",
         ),
     ],
 )
@@ -238,23 +254,29 @@ def test_return_path_given(path: ReturnPath, facts: Facts) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "before", "number", "sysctl"),
+    ("path", "before", "number"),
     [
-        ("accept-mark", False, OURS_AND_SYSCTL, True),
-        ("accept-mark", True, OURS, False),  # it was 1 before us: nothing to give back
-        ("conntrack", False, OURS, False),
-        ("conntrack", True, OURS, False),
+        ("accept-mark", frozenset(), 140),
+        ("accept-mark", {FWMARK_ACCEPT}, 139),
+        ("accept-mark", {REFLECT_V4, REFLECT_V6}, 134),
+        ("accept-mark", ALL, OURS),  # they were set before us: nothing to give back
+        ("conntrack", frozenset(), OURS),
+        ("conntrack", ALL, OURS),
     ],
 )
-def test_the_number_remembers_the_sysctl(
-    path: str, before: bool, number: int, sysctl: bool
-) -> None:
-    facts = Facts(True, True, accept_mark_before=before)
+def test_the_number_remembers_the_sysctls(path: str, before: frozenset[str], number: int) -> None:
+    facts = Facts(True, True, before)
     state = desired(config(f'rules.return_path = "{path}"'), facts=facts)
-    assert bool(state.sysctls) == sysctl
+    wanted = MARK_SYSCTLS if path == "accept-mark" else ()
+    assert {sysctl.name for sysctl in state.sysctls} == set(wanted) - before
     numbers = [getattr(item, "protocol", None) for item in (*state.routes, *state.rules)]
     assert numbers == [number] * 4
     assert state != EMPTY
+
+
+def test_without_ipv6_its_sysctl_is_left_alone() -> None:
+    state = desired(config('rules.return_path = "accept-mark"'), facts=Facts(False, False))
+    assert [sysctl.name for sysctl in state.sysctls] == [FWMARK_ACCEPT, REFLECT_V4]
 
 
 @given(st.integers(1, 0xFFFF_FFFE))

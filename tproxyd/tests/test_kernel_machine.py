@@ -27,8 +27,9 @@ from tproxyd.kernel.desired import PRIORITY, desired
 from tproxyd.kernel.firewall import Unknown
 from tproxyd.kernel.reconcile import check, clean, install
 from tproxyd.kernel.state import (
+    MARK_SYSCTLS,
+    NUMBERS,
     OURS,
-    OURS_AND_SYSCTL,
     Change,
     PolicyRule,
     Route,
@@ -67,20 +68,21 @@ FOREIGN_RULES = [PolicyRule(4, PRIORITY, 0x539, 0xFFF, 133, 4), PolicyRule(6, 52
 
 class Walk(RuleBasedStateMachine):
     @initialize(
-        ipv6=st.booleans(), host=st.booleans(), accept=st.integers(0, 1), writable=st.booleans()
+        ipv6=st.booleans(),
+        host=st.booleans(),
+        sysctls=st.tuples(*[st.integers(0, 1)] * 3),
+        writable=st.booleans(),
     )
-    def begin(self, ipv6: bool, host: bool, accept: int, writable: bool) -> None:
-        self.kernel = FakeKernel(
-            ipv6=ipv6, host_netns=host, accept_mark=accept, accept_mark_writable=writable
-        )
+    def begin(self, ipv6: bool, host: bool, sysctls: tuple[int, int, int], writable: bool) -> None:
+        self.kernel = FakeKernel(ipv6=ipv6, host_netns=host, sysctls=sysctls, writable=writable)
         self.kernel.routes += FOREIGN_ROUTES
         self.kernel.rules += FOREIGN_RULES
-        self.without_us = accept  # what the sysctl would be
+        self.without_us = dict(self.kernel.sysctls)  # what the sysctls would be
 
     def refused(self, call: Callable[[], object]) -> bool:
         """Whether it failed, for the one reason for which it may."""
         self.kernel.before_write = lambda change: None
-        if self.kernel.accept_mark_writable:
+        if self.kernel.writable:
             call()
             return False
         try:
@@ -118,7 +120,7 @@ class Walk(RuleBasedStateMachine):
             return
         assert not any(map(is_ours, (*self.kernel.routes, *self.kernel.rules)))
         assert self.kernel.firewall == ()
-        assert self.kernel.accept_mark == self.without_us
+        assert self.kernel.sysctls == self.without_us
 
     @rule(config=st.none() | configs, number=st.integers(0, 8), crash=st.booleans())
     def fail(self, config: Config | None, number: int, crash: bool) -> None:
@@ -142,10 +144,10 @@ class Walk(RuleBasedStateMachine):
         elif kernel.firewall:
             gone = data.draw(st.integers(0, len(kernel.firewall) - 1))
             kernel.firewall = kernel.firewall[:gone] + kernel.firewall[gone + 1 :]
-        if remembered and not kernel.remembers:
-            self.without_us = kernel.accept_mark
+        for name in remembered - kernel.remembers:
+            self.without_us[name] = kernel.sysctls[name]
 
-    @rule(number=st.sampled_from([OURS, OURS_AND_SYSCTL]), family=st.sampled_from([4, 6]))
+    @rule(number=st.sampled_from(NUMBERS), family=st.sampled_from([4, 6]))
     def somebody_edits_our_table_and_doubles_our_rules(self, number: int, family: int) -> None:
         kernel = self.kernel
         kernel.firewall = (*kernel.firewall, Unknown(f"set {len(kernel.firewall)}"))
@@ -154,26 +156,27 @@ class Walk(RuleBasedStateMachine):
             kernel.rules.append(UnknownRule(4, "odd"))
             kernel.routes.append(UnknownRoute(4, "odd"))
 
-    @rule(value=st.integers(0, 1))
-    def somebody_sets_the_sysctl(self, value: int) -> None:
-        self.kernel.accept_mark = value
-        if not self.kernel.remembers:
-            self.without_us = value
+    @rule(name=st.sampled_from(MARK_SYSCTLS), value=st.integers(0, 1))
+    def somebody_sets_a_sysctl(self, name: str, value: int) -> None:
+        self.kernel.sysctls[name] = value
+        if name not in self.kernel.remembers:
+            self.without_us[name] = value
 
-    @precondition(lambda self: self.kernel.accept_mark_writable)
+    @precondition(lambda self: self.kernel.writable)
     @rule()
     def somebody_mounts_proc_sys_read_only(self) -> None:
-        self.kernel.accept_mark_writable = False
+        self.kernel.writable = False
 
-    @precondition(lambda self: not self.kernel.accept_mark_writable)
+    @precondition(lambda self: not self.kernel.writable)
     @rule()
     def somebody_mounts_proc_sys_writable(self) -> None:
-        self.kernel.accept_mark_writable = True
+        self.kernel.writable = True
 
     @invariant()
-    def the_sysctl_is_remembered(self) -> None:
-        if self.kernel.accept_mark != self.without_us and self.kernel.accept_mark:
-            assert self.kernel.remembers, f"nothing remembers\n{self.kernel}"
+    def every_sysctl_is_remembered(self) -> None:
+        for name, value in self.kernel.sysctls.items():
+            if value and value != self.without_us[name]:
+                assert name in self.kernel.remembers, f"nothing remembers {name}\n{self.kernel}"
 
     @invariant()
     def others_keep_what_they_have(self) -> None:
@@ -183,7 +186,7 @@ class Walk(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "kernel"):
-            self.kernel.accept_mark_writable = True
+            self.kernel.writable = True
             self.clean()
 
 

@@ -31,6 +31,7 @@ from tproxyd.kernel.firewall import (
     IpVersion,
     PacketMark,
     PortIn,
+    RstAck,
     Rule,
     SetConnMark,
     SetPacketMark,
@@ -88,6 +89,16 @@ CT_MARK = {"ct": {"key": "mark"}}
 
 def test_the_captured_listing_is_what_was_wanted() -> None:
     assert same(parse(captured()), wanted())
+
+
+def test_the_listing_where_nft_knows_no_protocol_names() -> None:
+    """Without /etc/protocols (netbase), as in many containers, it has 6 for tcp: nothing else."""
+    text = json.dumps(captured())
+    named, numbered = (f'"l4proto"}}}}, "right": {tcp}}}' for tcp in ('"tcp"', "6"))
+    assert text.count(named) == 5
+    assert same(parse(json.loads(text.replace(named, numbered))), wanted())
+    another = json.loads(text.replace(named, numbered.replace("6", "17")))
+    assert not same(parse(another), wanted())
 
 
 def test_the_order_in_which_nft_lists_chains_does_not_matter() -> None:
@@ -163,6 +174,13 @@ def test_an_empty_table_is_not_no_table() -> None:
 def test_versions_differ_in_writing_flags(flags: object) -> None:
     rule = read_rule(match({"&": [FLAGS, flags]}, "syn"), {"drop": None})
     assert rule == Rule((Syn(),), Verdict.DROP)
+
+
+@pytest.mark.parametrize("mask", [["rst", "ack"], {"|": ["rst", "ack"]}, ["ack", "rst"]])
+@pytest.mark.parametrize("value", [["rst", "ack"], {"|": ["rst", "ack"]}, ["ack", "rst"]])
+def test_versions_differ_in_writing_two_flags_as_well(mask: object, value: object) -> None:
+    rule = read_rule(match({"&": [FLAGS, mask]}, value), {"drop": None})
+    assert rule == Rule((RstAck(),), Verdict.DROP)
 
 
 def test_versions_differ_in_what_they_leave_out() -> None:
@@ -258,6 +276,11 @@ def test_marks_of_32_bits_have_no_mask() -> None:
         [match(DPORT, 80, "<"), ACCEPT],
         [match({"&": [FLAGS, ["fin", "syn", "rst"]]}, "syn"), ACCEPT],
         [match({"&": [FLAGS, ["fin", "syn", "rst", "ack"]]}, "ack"), ACCEPT],
+        [match({"&": [FLAGS, ["rst", "ack"]]}, "rst"), ACCEPT],
+        [match({"ct": {"key": "status"}}, "seen-reply", "in"), ACCEPT],
+        [match({"ct": {"key": "status"}}, "assured", "!="), ACCEPT],
+        [match({"socket": {"key": "transparent"}}, 2), ACCEPT],
+        [match({"socket": {"key": "wildcard"}}, 1), ACCEPT],
         [match({"payload": {"protocol": "ip", "field": "saddr"}}, "@trusted"), ACCEPT],
         [match({"payload": {"protocol": "ip", "field": "saddr"}}, "10.0.0.1", "!="), ACCEPT],
         [match({"ct": {"key": "mark", "dir": "original"}}, 1), ACCEPT],

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import multiprocessing
 import os
 import secrets
 import signal
+import socket
 import threading
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -20,7 +23,7 @@ from tproxyd.kernel.firewall import Unknown
 from tproxyd.kernel.reconcile import Report, check, clean, install, reconcile, rules
 from tproxyd.kernel.state import (
     EMPTY,
-    FWMARK_ACCEPT,
+    MARK_SYSCTLS,
     OURS,
     Change,
     PolicyRule,
@@ -37,6 +40,8 @@ CONFIG = Config()
 CONNTRACK = Config(rules=Rules(return_path=ReturnPath.CONNTRACK))
 OTHER = Config(mark=0x20, table=7)
 STATIC = 4  # RTPROT_STATIC: `ip route add` by hand
+STEPS = 8  # of CONFIG: two routes, three sysctls, two rules, the firewall
+STEPS_CONNTRACK = 5  # the same without the sysctls
 
 
 def state_of(kernel: FakeKernel) -> str:
@@ -47,30 +52,33 @@ def test_install_twice_writes_once() -> None:
     kernel = FakeKernel()
     first = install(CONFIG, world=kernel)
     assert list(first.changed) == kernel.written
-    assert len(kernel.written) == 6
+    assert len(kernel.written) == STEPS
     assert (first.differs, first.installed) == ((), True)
     assert first.return_path is ReturnPath.ACCEPT_MARK
     second = install(CONFIG, world=kernel)
     assert second == replace(first, changed=())
-    assert len(kernel.written) == 6
+    assert len(kernel.written) == STEPS
 
 
-def test_clean_leaves_nothing_and_gives_the_sysctl_back() -> None:
+def test_clean_leaves_nothing_and_gives_the_sysctls_back() -> None:
     kernel = FakeKernel()
     before = state_of(kernel)
     install(CONFIG, world=kernel)
-    assert kernel.accept_mark == 1
+    assert set(kernel.sysctls.values()) == {1}
     report = clean(world=kernel)
     assert state_of(kernel) == before
     assert (report.installed, report.differs, report.return_path) == (False, (), None)
     assert clean(world=kernel) == Report()
 
 
-def test_a_sysctl_that_was_set_before_us_stays() -> None:
-    kernel = FakeKernel(accept_mark=1)
+@pytest.mark.parametrize("values", [*itertools.product((0, 1), repeat=3)], ids=str)
+def test_a_sysctl_that_was_set_before_us_stays(values: tuple[int, int, int]) -> None:
+    kernel = FakeKernel(sysctls=values)
     before = state_of(kernel)
     report = install(CONFIG, world=kernel)
-    assert not any(FWMARK_ACCEPT in change for change in report.changed)
+    assert [change for change in report.changed if change.startswith("set")] == [
+        f"set {name}=1" for name, value in zip(MARK_SYSCTLS, values, strict=True) if not value
+    ]
     clean(world=kernel)
     assert state_of(kernel) == before
 
@@ -82,7 +90,7 @@ def test_from_one_configuration_to_another(one: Config, other: Config) -> None:
     install(other, world=straight)
     install(one, world=detour)
     install(other, world=detour)
-    assert detour.accept_mark == straight.accept_mark
+    assert detour.sysctls == straight.sysctls
     with straight.lock(), detour.lock():
         have, want = detour.read_routing(), straight.read_routing()
     assert diff(have, want) == ()
@@ -91,11 +99,11 @@ def test_from_one_configuration_to_another(one: Config, other: Config) -> None:
     assert state_of(detour) == state_of(FakeKernel())
 
 
-def test_conntrack_after_accept_mark_puts_the_sysctl_back() -> None:
+def test_conntrack_after_accept_mark_puts_the_sysctls_back() -> None:
     kernel = FakeKernel()
     install(CONFIG, world=kernel)
     report = install(CONNTRACK, world=kernel)
-    assert kernel.accept_mark == 0
+    assert not any(kernel.sysctls.values())
     assert report.return_path is ReturnPath.CONNTRACK
 
 
@@ -112,13 +120,13 @@ def test_a_drain_and_back() -> None:
 def test_check_reads_only() -> None:
     kernel = FakeKernel()
     report = check(CONFIG, world=kernel)
-    assert (len(report.differs), report.installed, report.changed) == (6, False, ())
+    assert (len(report.differs), report.installed, report.changed) == (STEPS, False, ())
     assert kernel.written == []
     install(CONFIG, world=kernel)
     kernel.routes.pop()
     written = list(kernel.written)
     report = check(CONFIG, world=kernel)
-    assert report.differs == ("add ip -6 route local default dev lo table 133 proto 134",)
+    assert report.differs == ("add ip -6 route local default dev lo table 133 proto 140",)
     assert report.installed
     assert kernel.written == written
 
@@ -141,7 +149,7 @@ def test_a_table_that_is_taken_is_not_taken_over() -> None:
     with pytest.raises(KernelError, match="File exists") as caught:
         install(CONFIG, world=kernel)
     assert not kernel.firewall
-    assert not kernel.accept_mark
+    assert not any(kernel.sysctls.values())
     assert "done all the same: add ip -4 route" in str(caught.value)
     assert "still to do: add ip -6 route" in str(caught.value)
     clean(world=kernel)
@@ -161,7 +169,7 @@ def test_leftovers_of_another_version_go() -> None:
     assert state_of(kernel) == before
 
 
-def test_the_sysctl_is_given_back_by_any_survivor() -> None:
+def test_the_sysctls_are_given_back_by_any_survivor() -> None:
     for survivor in range(4):
         kernel = FakeKernel()
         install(CONFIG, world=kernel)
@@ -196,7 +204,8 @@ def refusal(n: int = 0) -> KernelError:
 
 @pytest.mark.parametrize(
     ("config", "steps", "number"),
-    [(CONFIG, 6, number) for number in range(6)] + [(CONNTRACK, 5, number) for number in range(5)],
+    [(CONFIG, STEPS, number) for number in range(STEPS)]
+    + [(CONNTRACK, STEPS_CONNTRACK, number) for number in range(STEPS_CONNTRACK)],
 )
 def test_a_failed_install_never_intercepts_without_a_way_home(
     config: Config, steps: int, number: int
@@ -212,14 +221,14 @@ def test_a_failed_install_never_intercepts_without_a_way_home(
     # Both from here: on, or away.
     away = FakeKernel()
     away.routes, away.rules = list(kernel.routes), list(kernel.rules)
-    away.accept_mark = kernel.accept_mark
+    away.sysctls = dict(kernel.sysctls)
     clean(world=away)
     assert state_of(away) == state_of(FakeKernel())
     install(config, world=kernel)
     assert check(config, world=kernel).differs == ()
 
 
-@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize("number", range(STEPS))
 def test_a_failed_clean_goes_on_and_says_what_is_left(number: int) -> None:
     kernel = FakeKernel()
     install(CONFIG, world=kernel)
@@ -227,11 +236,14 @@ def test_a_failed_clean_goes_on_and_says_what_is_left(number: int) -> None:
     fail_at(kernel, number, refusal())
     with pytest.raises(KernelError, match="still to do"):
         clean(world=kernel)
-    if number == 1:  # the sysctl: what remembers it stays
-        assert kernel.written == ["remove the firewall rules (nft table inet tproxyd)"]
-        assert kernel.remembers
+    if number in (1, 2, 3):  # a sysctl: the others are put back; what remembers it stays
+        stuck = MARK_SYSCTLS[number - 1]
+        assert [name for name, value in kernel.sysctls.items() if value] == [stuck]
+        assert stuck in kernel.remembers
+        assert (len(kernel.routes), len(kernel.rules), kernel.firewall) == (2, 2, ())
+        assert len(kernel.written) == 3
     else:
-        assert len(kernel.written) == 5
+        assert len(kernel.written) == STEPS - 1
     clean(world=kernel)
     assert state_of(kernel) == state_of(FakeKernel())
 
@@ -243,7 +255,7 @@ def test_a_failed_change_keeps_the_state_that_worked() -> None:
     with pytest.raises(KernelError):
         install(OTHER, world=kernel)
     missing = check(CONFIG, world=kernel).differs
-    assert missing == ("remove ip -4 route local default dev lo table 7 proto 134",)
+    assert missing == ("remove ip -4 route local default dev lo table 7 proto 140",)
 
 
 def test_every_refusal_is_told() -> None:
@@ -271,7 +283,8 @@ def test_clean_without_an_nft_cleans_the_routes_and_says_so() -> None:
     kernel.unreadable = KernelError("talk to nftables", "no library", "apt install libnftables1")
     with pytest.raises(KernelError, match="apt install libnftables1"):
         clean(world=kernel)
-    assert (kernel.routes, kernel.rules, kernel.accept_mark) == ([], [], 0)
+    assert (kernel.routes, kernel.rules) == ([], [])
+    assert not any(kernel.sysctls.values())
 
 
 def test_install_without_an_nft_writes_nothing() -> None:
@@ -305,11 +318,11 @@ def test_a_kernel_that_forgets_what_was_written() -> None:
     assert "still to do: add ip -4 rule" in str(caught.value)
 
 
-@pytest.mark.parametrize("number", range(7))
+@pytest.mark.parametrize("number", range(STEPS + 1))
 def test_a_crash_anywhere_is_cleaned_up_after(number: int) -> None:
     kernel = FakeKernel()
     fail_at(kernel, number, Crash())
-    if number < 6:
+    if number < STEPS:
         with pytest.raises(Crash):
             install(CONFIG, world=kernel)
     else:
@@ -327,13 +340,13 @@ def test_notes() -> None:
     assert any("no IPv6" in note for note in report.notes)
     assert any("return path accept-mark" in note for note in report.notes)
     assert report.notes == check(CONFIG, world=FakeKernel(ipv6=False)).notes
-    (note,) = install(CONFIG, world=FakeKernel(accept_mark_writable=False)).notes
+    (note,) = install(CONFIG, world=FakeKernel(writable=False)).notes
     assert "return path conntrack" in note
 
 
 def test_accept_mark_where_it_cannot_be_written() -> None:
     config = Config(rules=Rules(return_path=ReturnPath.ACCEPT_MARK))
-    kernel = FakeKernel(accept_mark_writable=False)
+    kernel = FakeKernel(writable=False)
     with pytest.raises(KernelError, match="Read-only file system; use conntrack"):
         install(config, world=kernel)
     assert not kernel.firewall
@@ -343,8 +356,9 @@ def test_rules_is_a_script_with_the_commands_as_comments() -> None:
     text = rules(CONFIG, facts=Facts(ipv6=True, host_netns=False))
     head, _, script = text.partition("\n\n")
     assert all(line.startswith("# ") for line in head.splitlines())
-    assert "# ip -6 rule add priority 1337 fwmark 0x539/0xfff lookup 133 protocol 134\n" in text
-    assert "# sysctl -w net.ipv4.tcp_fwmark_accept=1\n" in text
+    assert "# ip -6 rule add priority 1337 fwmark 0x539/0xfff lookup 133 protocol 140\n" in text
+    for name in MARK_SYSCTLS:
+        assert f"# sysctl -w {name}=1\n" in text
     assert script.startswith("add table inet tproxyd\ndelete table inet tproxyd\n")
 
 
@@ -356,11 +370,12 @@ def test_reconcile_to_a_state_of_ones_own() -> None:
     assert not reconcile(EMPTY, kernel).installed
 
 
-def test_the_sysctl_that_somebody_else_put_back_is_set_again() -> None:
+@pytest.mark.parametrize("name", MARK_SYSCTLS)
+def test_a_sysctl_that_somebody_else_put_back_is_set_again(name: str) -> None:
     kernel = FakeKernel()
     install(CONFIG, world=kernel)
-    kernel.accept_mark = 0
-    assert install(CONFIG, world=kernel).changed == (f"set {Sysctl(FWMARK_ACCEPT, 1)}",)
+    kernel.sysctls[name] = 0
+    assert install(CONFIG, world=kernel).changed == (f"set {Sysctl(name, 1)}",)
 
 
 # The lock -----------------------------------------------------------------------------------------
@@ -427,3 +442,17 @@ def test_a_holder_that_is_killed_holds_nothing(monkeypatch: pytest.MonkeyPatch) 
         for end in (ours, theirs):
             end.close()
         holder.close()
+
+
+@pytest.mark.usefixtures("_own_lock")
+def test_a_holder_with_a_full_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waiters of before, long gone, are still in it: the next one must not block on connect."""
+    monkeypatch.setattr(room, "LOCK_PATIENCE_S", 0.05)
+    with room._locked(), contextlib.ExitStack() as queue:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                waiter = queue.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+                waiter.setblocking(False)
+                waiter.connect(room.LOCK_NAME)
+        with pytest.raises(KernelError, match="does not say which"):
+            room._locked().__enter__()

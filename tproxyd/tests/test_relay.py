@@ -294,17 +294,21 @@ def test_room_is_asked_for_only_where_a_write_came_up_short() -> None:
     assert not play.client.interest & OUT
 
 
-def test_the_request_that_is_already_here_goes_before_anything_is_registered() -> None:
+def test_what_came_before_the_sockets_were_registered_is_told() -> None:
     play = Play()
     play.client.far_write(10)
+    play.app.far_write(5)
     play.start()
-    assert len(play.app.outbox) == 10
+    play.poll()
+    assert (len(play.app.outbox), len(play.client.outbox)) == (10, 5)
 
 
 def test_early_bytes_go_first() -> None:
     play = Play(early=payload(0, 9))
     play.client.far_write(10)
     play.start()
+    assert play.app.outbox == payload(0, 9)
+    play.poll()
     assert play.app.outbox == payload(0, 19)
 
 

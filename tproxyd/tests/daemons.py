@@ -1,0 +1,335 @@
+"""A daemon for tests: the real supervisor in a forked process, stand-in workers and kernels.
+
+What its processes write to stderr comes to the test through a pipe: waiting for a line is waiting
+for a state, and its end means that every process is gone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import random
+import re
+import resource
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from tproxyd.addr import Endpoint
+from tproxyd.config import Config, Listener, Log
+from tproxyd.errors import KernelError
+from tproxyd.flow.tally import ACTIVE, BYTES, Layout
+from tproxyd.proc import startup, supervisor
+from tproxyd.proc.reconciler import Kernel, Reconciler, Report, Verb
+from tproxyd.proc.worker import WorkerSpec
+
+PATIENCE_S = 10.0
+PR_SET_CHILD_SUBREAPER = 36  # include/uapi/linux/prctl.h
+
+
+def say(text: str) -> None:
+    os.write(2, f"{text}\n".encode())
+
+
+def open_listeners(config: Config) -> list[tuple[int, socket.socket]]:
+    return [
+        (i, socket.create_server(("127.0.0.1", each.port), reuse_port=True))
+        for i, each in enumerate(config.listeners)
+    ]
+
+
+# Workers ------------------------------------------------------------------------------------------
+
+
+def worker(spec: WorkerSpec) -> None:
+    """Answers each connection with its pid, counting, until told to drain or left alone."""
+    layout, row = Layout(spec.config), spec.rows[spec.slot]
+    spec.control.send(b"ready\n")
+    sockets = [sock for _, sock in spec.listeners]
+    while True:
+        readable, _, _ = select.select([spec.control, *sockets], (), ())
+        if spec.control in readable:
+            word = spec.control.recv(100).decode().strip()
+            say(f"worker {spec.slot} hears {word or 'nobody'}")
+            return
+        for sock in readable:
+            client, _ = sock.accept()
+            row[layout.index(ACTIVE, spec.config.listeners[0].name)] += 1
+            row[layout.index(BYTES, "sent")] += 100
+            client.send(f"{os.getpid()}".encode())
+            client.close()
+
+
+def refuses(spec: WorkerSpec) -> None:
+    if spec.slot == 1:
+        spec.control.send(b"failed: can't do this: it is forbidden; ask somebody\n")
+        sys.exit(3)
+    worker(spec)
+
+
+def crashes_at_start(_: WorkerSpec) -> None:
+    raise RuntimeError("a bug in the worker")
+
+
+def never_ready(_: WorkerSpec) -> None:
+    signal.pause()
+
+
+def ignores_drain(spec: WorkerSpec) -> None:
+    spec.control.send(b"ready\n")
+    while True:
+        signal.pause()
+
+
+def leaves_only_when_cut(spec: WorkerSpec) -> None:
+    spec.control.send(b"ready\n")
+    while (word := spec.control.recv(100)) != b"cut\n":
+        say(f"worker {spec.slot} hears {word.decode().strip()}")
+
+
+def sound_once(spec: WorkerSpec) -> None:
+    """The first generation serves, those behind it fail."""
+    cell = Layout(spec.config).index(BYTES, "received")
+    spec.rows[spec.slot][cell] += 1
+    if spec.rows[spec.slot][cell] > 1:
+        spec.control.send(b"failed: no longer\n")
+        sys.exit(3)
+    worker(spec)
+
+
+def tells_its_files(spec: WorkerSpec) -> None:
+    given = {spec.control.fileno(), *(sock.fileno() for _, sock in spec.listeners)}
+    if spec.access_log is not None:
+        given.add(spec.access_log)
+    fds = {int(fd) for fd in os.listdir("/proc/self/fd")}
+    stray = {fd for fd in fds - given - {0, 1, 2} if os.path.exists(f"/proc/self/fd/{fd}")}
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    say(f"worker {spec.slot} has stray {sorted(stray)}, all of its files {soft == hard}")
+    worker(spec)
+
+
+def leaves_an_orphan(spec: WorkerSpec) -> None:
+    orphan = os.fork()
+    if orphan == 0:
+        signal.pause()
+    say(f"worker {spec.slot} has child {orphan}")
+    worker(spec)
+
+
+# Kernels ------------------------------------------------------------------------------------------
+
+
+def tells_verbs(_: Config) -> Kernel:
+    def kernel(verb: Verb) -> Report:
+        if verb is not Verb.CHECK:
+            say(f"kernel: {verb}")
+        return Report(("a rule",), ("return path x: because",), (), True, "x")
+
+    return kernel
+
+
+def refuses_install(config: Config) -> Kernel:
+    def kernel(verb: Verb) -> Report:
+        if verb is Verb.INSTALL:
+            raise KernelError("install the kernel state", "it is forbidden", "ask somebody")
+        return tells_verbs(config)(verb)
+
+    return kernel
+
+
+def cannot_be_read(_: Config) -> Kernel:
+    def kernel(verb: Verb) -> Report:
+        raise KernelError("read the kernel state", "it is forbidden", "ask somebody")
+
+    return kernel
+
+
+def never_answers(_: Config) -> Kernel:
+    def kernel(verb: Verb) -> Report:
+        signal.pause()
+        return Report()
+
+    return kernel
+
+
+def drifts_while(sign: Path) -> Callable[[Config], Kernel]:
+    def load(_: Config) -> Kernel:
+        return lambda _: Report((), (), ("add a rule",) if sign.exists() else (), True, "x")
+
+    return load
+
+
+def not_installed(_: Config) -> Kernel:
+    return lambda _: Report((), (), ("add a table", "add a rule"), False, "x")
+
+
+# A daemon -----------------------------------------------------------------------------------------
+
+
+# Below net.ipv4.ip_local_port_range: nobody's outgoing connection takes one between our look and
+# the daemon's bind.
+_ports = itertools.cycle(random.sample(range(12_000, 32_000), 5_000))
+
+
+def free_port() -> int:
+    for port in _ports:
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError
+
+
+class Daemon:
+    def __init__(
+        self,
+        entry: Callable[[WorkerSpec], None] = worker,
+        load: Callable[[Config], Kernel] = tells_verbs,
+        *,
+        install: bool = False,
+        before: Callable[[], None] = lambda: None,
+        **settings: object,
+    ) -> None:
+        self.config = dataclasses.replace(
+            Config(
+                workers=1,
+                admin=Endpoint("127.0.0.1", free_port()),
+                listeners=(Listener(port=free_port()),),
+                log=Log(access=""),
+            ),
+            **settings,  # type: ignore[arg-type]
+        )
+        self.lines: list[str] = []
+        self._unread = b""
+        read, write = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 70
+            try:
+                os.dup2(write, 2)
+                sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+                before()
+                code = self._run(entry, load, install)
+            finally:
+                os._exit(code)
+        os.close(write)
+        self.stderr = read
+
+    def _run(
+        self,
+        entry: Callable[[WorkerSpec], None],
+        load: Callable[[Config], Kernel],
+        install: bool,
+    ) -> int:
+        startup.log_to_stderr()
+        try:
+            kernel = Reconciler(self.config, load)
+            kernel.fork()
+            supervisor.Supervisor(
+                self.config,
+                kernel,
+                install=install,
+                worker=entry,
+                open_listeners=open_listeners,
+            ).run()
+        except KernelError as error:
+            say(f"{error}")
+            return 3
+        return 0
+
+    def __enter__(self) -> Daemon:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Whatever the test did: nothing of it lives on."""
+        for pid in (*self.children(), self.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        with suppress(ChildProcessError):
+            os.waitpid(self.pid, 0)
+        os.close(self.stderr)
+
+    # What it says
+
+    def wait_line(self, pattern: str) -> str:
+        """The next line of any of its processes that matches; those before it are read over."""
+        for line in self._read():
+            if re.search(pattern, line):
+                return line
+        raise AssertionError(f"ended without {pattern!r}:\n" + "\n".join(self.lines))
+
+    def rest(self) -> list[str]:
+        """What is said until every process is gone."""
+        return list(self._read())
+
+    def _read(self) -> Iterator[str]:
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            while b"\n" in self._unread:
+                line, _, self._unread = self._unread.partition(b"\n")
+                self.lines.append(line.decode())
+                yield self.lines[-1]
+            left = deadline - time.monotonic()
+            ready, _, _ = select.select([self.stderr], (), (), max(0, left))
+            assert ready, f"no such line in {PATIENCE_S} s:\n" + "\n".join(self.lines)
+            data = os.read(self.stderr, 65536)
+            if not data:
+                return
+            self._unread += data
+
+    def wait_ready(self) -> Daemon:
+        self.wait_line(r"tproxyd: ready in \d+ ms")
+        return self
+
+    # What one can do to it
+
+    def signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self) -> int:
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+    def children(self) -> list[int]:
+        try:
+            return [
+                *map(int, Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split())
+            ]
+        except FileNotFoundError:
+            return []
+
+    def connect(self) -> socket.socket:
+        where = ("127.0.0.1", self.config.listeners[0].port)
+        return socket.create_connection(where, timeout=PATIENCE_S)
+
+    def ask(self) -> int:
+        """The pid of the worker that answers a connection."""
+        with self.connect() as client:
+            return int(b"".join(iter(lambda: client.recv(100), b"")))
+
+    def get(self, path: str) -> tuple[int, str]:
+        assert self.config.admin is not None
+        with socket.create_connection(self.config.admin, timeout=PATIENCE_S) as client:
+            client.sendall(f"GET {path} HTTP/1.1\r\n\r\n".encode())
+            head, _, body = (
+                b"".join(iter(lambda: client.recv(65536), b"")).decode().partition("\r\n\r\n")
+            )
+        return int(head.split()[1]), body
+
+    def status(self) -> dict[str, Any]:
+        return dict(json.loads(self.get("/status")[1]))
+
+    def metric(self, name: str) -> float:
+        (line,) = re.findall(rf"^{re.escape(name)} (.*)$", self.get("/metrics")[1], re.MULTILINE)
+        return float(line)
+
+    def wait_readyz(self, code: int) -> str:
+        deadline = time.monotonic() + PATIENCE_S
+        while (got := self.get("/readyz"))[0] != code:
+            assert time.monotonic() < deadline, got
+        return got[1]

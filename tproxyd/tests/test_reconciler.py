@@ -1,0 +1,150 @@
+"""The kernel state as a running daemon handles it: order, drift, and a holder that fails."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+
+from tproxyd.config import Config
+from tproxyd.proc import reconciler, supervisor
+from tproxyd.proc.reconciler import Kernel, Report
+from tproxyd.tests.daemons import (
+    Daemon,
+    cannot_be_read,
+    drifts_while,
+    never_answers,
+    not_installed,
+    refuses_install,
+)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Daemons are forked from here, with these."""
+    monkeypatch.setattr(supervisor, "GRACE_S", 0.1)
+    monkeypatch.setattr(reconciler, "FRESH_S", 0.0)
+
+
+# The kernel state ---------------------------------------------------------------------------------
+
+
+def test_interception_begins_last_and_ends_first() -> None:
+    with Daemon(install=True) as daemon:
+        daemon.wait_ready()
+        daemon.signal(signal.SIGTERM)
+        daemon.rest()
+        assert daemon.wait() == 0
+        ours = ("kernel:", "worker", "tproxyd: ready")
+        story = [re.sub(r" in \d+ ms", "", line) for line in daemon.lines if line.startswith(ours)]
+        assert story == [
+            "kernel: install",
+            "tproxyd: ready",
+            "kernel: stop intercepting",
+            "worker 0 hears drain",
+            "kernel: clean",
+        ]
+
+
+def test_without_install_the_kernel_is_only_read() -> None:
+    with Daemon() as daemon:
+        daemon.wait_ready()
+        daemon.wait_line("the kernel state is as configured")
+        assert daemon.status()["kernel"] | {"checked_s_ago": 0} == {
+            "state": "ok",
+            "detail": [],
+            "return_path": "x",
+            "checked_s_ago": 0,
+        }
+        daemon.signal(signal.SIGTERM)
+        daemon.wait()
+        assert not [line for line in (*daemon.lines, *daemon.rest()) if line.startswith("kernel:")]
+
+
+def test_an_install_that_is_refused_is_undone() -> None:
+    with Daemon(load=refuses_install, install=True) as daemon:
+        said = daemon.rest()
+        assert daemon.wait() == 3
+        assert said[-1] == "can't install the kernel state: it is forbidden; ask somebody"
+        assert said[-4:-1] == ["kernel: stop intercepting", "worker 0 hears drain", "kernel: clean"]
+
+
+def test_drift_is_told_and_counted_once_and_makes_unready(tmp_path: Path) -> None:
+    sign = tmp_path / "drift"
+    with Daemon(load=drifts_while(sign), install=True) as daemon:
+        daemon.wait_ready()
+        assert daemon.get("/readyz")[0] == 200
+        for times in (1, 2):
+            sign.touch()
+            for _ in range(3):
+                assert daemon.get("/readyz") == (503, "kernel state: drift; to do: add a rule\n")
+            assert daemon.metric("tproxyd_kernel_drift_total") == times
+            sign.unlink()
+            assert daemon.get("/readyz")[0] == 200
+        daemon.signal(signal.SIGTERM)
+        told = [line for line in daemon.rest() if "kernel state" in line]
+        assert (
+            told
+            == [
+                "tproxyd: the kernel state differs from the configuration; to do: add a rule",
+                "tproxyd: the kernel state is as configured",
+            ]
+            * 2
+        )
+
+
+def test_a_state_that_is_not_installed_is_not_drift() -> None:
+    with Daemon(load=not_installed) as daemon:
+        daemon.wait_ready()
+        daemon.wait_line("the kernel state is not installed; try tproxyd install")
+        assert daemon.get("/readyz") == (503, "kernel state: not installed\n")
+        assert daemon.metric("tproxyd_kernel_drift_total") == 0
+
+
+def test_a_state_that_cannot_be_read_is_unknown_and_no_reason_to_be_unready() -> None:
+    with Daemon(load=cannot_be_read) as daemon:
+        daemon.wait_ready()
+        daemon.wait_line("the kernel state can't be read: it is forbidden; ask somebody")
+        assert daemon.get("/readyz")[0] == 200
+        assert daemon.status()["kernel"]["state"] == "unknown"
+
+
+def test_a_kernel_that_never_answers_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reconciler, "REQUEST_TIMEOUT_S", 0.05)
+    with Daemon(load=never_answers) as daemon:
+        daemon.wait_ready()
+        daemon.wait_line("the kernel state can't be read: no answer within 0.05 s")
+        assert daemon.get("/readyz")[0] == 200
+
+
+def test_a_reconciler_that_died_is_forked_again_to_clean() -> None:
+    with Daemon(install=True) as daemon:
+        daemon.wait_ready()
+        workers = [each["pid"] for each in daemon.status()["workers"]]
+        (holder,) = (pid for pid in daemon.children() if pid not in workers)
+        os.kill(holder, signal.SIGKILL)
+        daemon.wait_line("the process that holds the kernel state was killed by SIGKILL")
+        daemon.signal(signal.SIGTERM)
+        said = daemon.rest()
+        assert daemon.wait() == 0
+        assert [line for line in said if line.startswith("kernel:")] == [
+            "kernel: stop intercepting",
+            "kernel: clean",
+        ]
+
+
+def test_many_who_ask_cause_one_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reconciler, "FRESH_S", 3600.0)
+    looks = itertools.count(1)
+
+    def counts_looks(_: Config) -> Kernel:
+        return lambda _: Report((), (), (f"look {next(looks)}",), True, "x")
+
+    with Daemon(load=counts_looks) as daemon:
+        daemon.wait_ready()
+        answers = {daemon.get("/readyz")[1] for _ in range(5)}
+        assert answers == {"kernel state: drift; to do: look 1\n"}
