@@ -19,7 +19,8 @@ What we do:
   the tuple of the other, and the other's SYN could not be received at all.
 - A collision is left for a client that uses p and q at once, a NAT in front. If p comes first, the
   application's socket holds (P:80, C:q), and no software can give that tuple to a second one: the
-  SYN from q is answered with RST, so that the client can take another port (kernel/desired.py).
+  SYN from q is answered with RST, so that the client can take another port, or, by conntrack,
+  dropped, so that it tries again (kernel/desired.py).
   If q comes first, we take another port for p. The kernel sees it for us: the rule called collision
   guard (kernel/desired.py) drops a SYN of ours that would meet a transparent connection, before it
   can do harm. A local connect is complete when connect returns, the whole handshake runs inside it;

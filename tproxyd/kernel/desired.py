@@ -18,6 +18,7 @@ Two ways to mark the answer (`return_path`):
   default on a host whose other programs mark packets. Our own listeners carry another mark, so that
   they inherit none.
 - conntrack: the connection is marked when its packets pass lo, its answers get the mark from it.
+  An answer is first routed without the mark, so there must be some route toward the client.
 
 No DIVERT rule and no mark on the way in: a local destination is delivered locally in any case, and
 tproxy finds the established socket first, the listener second. Flows that are older than the rules
@@ -36,7 +37,6 @@ from typing import NamedTuple
 from tproxyd.addr import PrefixSet
 from tproxyd.config import EVERY_PORT, Config, Intercept, Listener, ReturnPath
 from tproxyd.kernel.firewall import (
-    Assured,
     Chain,
     ConnMark,
     DestinationIn,
@@ -47,12 +47,11 @@ from tproxyd.kernel.firewall import (
     InInterface,
     IpVersion,
     Match,
-    MeetsSocket,
+    MeetsTransparentSocket,
     NotForUs,
     NotTcp,
     PacketMark,
     PortIn,
-    RstAck,
     Rule,
     SetConnMark,
     SetPacketMark,
@@ -165,7 +164,7 @@ def _firewall(config: Config, facts: Facts, path: ReturnPath, intercept: bool) -
     mark, mask = config.mark, mark_mask(config.mark)
     ours_on_lo = (InInterface(("lo",)), PacketMark(mark, mask))
     guard = Rule(
-        (*ours_on_lo, Syn(), MeetsSocket(transparent=True)),
+        (*ours_on_lo, Syn(), MeetsTransparentSocket()),
         Verdict.DROP,
         "our SYN to the application meets a living connection of the same client. Delivered, it is"
         " answered there, our connect stalls, and with conntrack it has given that connection our"
@@ -178,21 +177,16 @@ def _firewall(config: Config, facts: Facts, path: ReturnPath, intercept: bool) -
         "keep the mark of our upstream connection for its answers; without it they leave toward the"
         " real client, which resets the connection",
     )
-    refusal = Rule(
-        (ConnMark(mark, mask), RstAck(), Assured()),
-        Goto(_ABORTS),
-        "a client whose port our upstream connection already has is refused by us, with an RST that"
-        " conntrack takes for that connection's: it must go to the client",
+    taken = Rule(
+        (ConnMark(mark, mask), Syn()),
+        Verdict.DROP,
+        "a client at the port of a living upstream connection of ours: a refusal would end that"
+        " connection in conntrack's books, and lose its answers; the client tries again by itself",
     )
     recall = Rule(
         (ConnMark(mark, mask),),
         SetPacketMark(mark, mask),
         "the application's answer gets the mark of its connection and is routed once more, to lo",
-    )
-    abort = Rule(
-        (MeetsSocket(transparent=False),),
-        SetPacketMark(mark, mask),
-        "an RST that the application's own socket sends is for us; a refusal is sent by no socket",
     )
     bypasses = (
         Rule(
@@ -207,22 +201,21 @@ def _firewall(config: Config, facts: Facts, path: ReturnPath, intercept: bool) -
             "forwarded traffic goes its way; without it, a node would take its pods' connections",
         ),
     )
+    conntrack = path is ReturnPath.CONNTRACK
     takes = [rule for listener in config.listeners for rule in _selectors(listener)]
     prerouting = (
         guard,
-        *((remember,) if path is ReturnPath.CONNTRACK else ()),
-        *((*bypasses, *takes) if intercept else ()),
+        *((remember,) if conntrack else ()),
+        *(bypasses if intercept else ()),
+        *((taken,) if intercept and conntrack else ()),
+        *(takes if intercept else ()),
     )
     chains = [Chain("prerouting", Hook.PREROUTING, prerouting)]
-    if path is ReturnPath.CONNTRACK:
-        chains.append(Chain("output", Hook.OUTPUT, (refusal, recall)))
-        chains.append(Chain(_ABORTS, None, (abort,)))
+    if conntrack:
+        chains.append(Chain("output", Hook.OUTPUT, (recall,)))
     if intercept:
         chains += [_take(listener, facts) for listener in config.listeners]
     return tuple(chains)
-
-
-_ABORTS = "aborts"  # no listener's chain: those begin with "take_"
 
 
 def _chain_name(listener: Listener) -> str:

@@ -74,16 +74,6 @@ class Syn:
 
 
 @dataclass(frozen=True, slots=True)
-class RstAck:
-    """A TCP segment that refuses or aborts: RST and ACK. (What answers an ACK is RST alone.)"""
-
-
-@dataclass(frozen=True, slots=True)
-class Assured:
-    """Of a connection that conntrack has seen established in both directions."""
-
-
-@dataclass(frozen=True, slots=True)
 class PacketMark:
     value: int
     mask: int
@@ -96,13 +86,8 @@ class ConnMark:
 
 
 @dataclass(frozen=True, slots=True)
-class MeetsSocket:
-    """A socket of this host that has, or listens on, this packet's addresses is (not) transparent.
-
-    The socket that sent it, where one did; else the one that it would reach as it arrives.
-    """
-
-    transparent: bool
+class MeetsTransparentSocket:
+    """A socket with IP_TRANSPARENT has, or listens on, exactly this packet's addresses."""
 
 
 Match = (
@@ -114,11 +99,9 @@ Match = (
     | PortIn
     | NotForUs
     | Syn
-    | RstAck
-    | Assured
     | PacketMark
     | ConnMark
-    | MeetsSocket
+    | MeetsTransparentSocket
 )
 
 
@@ -229,16 +212,12 @@ def match_text(match: Match) -> str:
             return "not to an address of this host"
         case Syn():
             return "SYN"
-        case RstAck():
-            return "RST and ACK"
-        case Assured():
-            return "of an established connection"
         case PacketMark(value, mask):
             return f"mark {value:#x}/{mask:#x}"
         case ConnMark(value, mask):
             return f"connection mark {value:#x}/{mask:#x}"
-        case MeetsSocket(transparent):
-            return f"meets a {'' if transparent else 'not '}transparent socket"
+        case MeetsTransparentSocket():
+            return "meets a transparent socket"
         case _:
             assert_never(match)
 

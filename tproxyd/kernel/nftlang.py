@@ -19,7 +19,6 @@ from tproxyd.config import merge_ranges
 from tproxyd.kernel.firewall import (
     FULL_MASK,
     Action,
-    Assured,
     Chain,
     ConnMark,
     DestinationIn,
@@ -30,13 +29,12 @@ from tproxyd.kernel.firewall import (
     InInterface,
     IpVersion,
     Match,
-    MeetsSocket,
+    MeetsTransparentSocket,
     NotForUs,
     NotTcp,
     PacketMark,
     PortIn,
     PortRanges,
-    RstAck,
     Rule,
     SetConnMark,
     SetPacketMark,
@@ -105,16 +103,12 @@ def _match(match: Match) -> str:
             return "fib daddr type != local"
         case Syn():
             return "tcp flags & (fin | syn | rst | ack) == syn"
-        case RstAck():
-            return "tcp flags & (rst | ack) == rst | ack"
-        case Assured():
-            return "ct status assured"
         case PacketMark(value, mask):
             return f"meta mark {_masked(value, mask)}"
         case ConnMark(value, mask):
             return f"ct mark {_masked(value, mask)}"
-        case MeetsSocket(transparent):
-            return f"socket transparent {int(transparent)}"
+        case MeetsTransparentSocket():
+            return "socket transparent 1"
 
 
 def _action(action: Action) -> str:
@@ -224,7 +218,7 @@ def _rule(statements: list[object]) -> Rule | Unknown:
 def _without_implied(matches: list[Match | _IsTcp], action: Action) -> tuple[Match, ...]:
     """Without what another part of the rule says already: nft versions differ in listing that."""
     families = {match.family for match in matches if isinstance(match, SourceIn | DestinationIn)}
-    tcp = isinstance(action, Tproxy) or any(isinstance(m, PortIn | Syn | RstAck) for m in matches)
+    tcp = isinstance(action, Tproxy) or any(isinstance(m, PortIn | Syn) for m in matches)
     kept: list[Match] = []
     for match in matches:
         if isinstance(match, _IsTcp):
@@ -259,11 +253,6 @@ def _parse_match(op: str, left: object, right: object) -> Match | _IsTcp:
         case {"&": [{"payload": {"protocol": "tcp", "field": "flags"}}, flags]}, "==", "syn":
             if _flags(flags) == {"fin", "syn", "rst", "ack"}:
                 return Syn()
-        case {"&": [{"payload": {"protocol": "tcp", "field": "flags"}}, flags]}, "==", _:
-            if _flags(flags) == _flags(right) == {"rst", "ack"}:
-                return RstAck()
-        case {"ct": {"key": "status"}}, "in" | "==", "assured":
-            return Assured()
         case {"&": [{"meta": {"key": "mark"}}, int(mask)]}, "==", int(value):
             return PacketMark(value, mask)
         case {"meta": {"key": "mark"}}, "==", int(value):
@@ -272,8 +261,8 @@ def _parse_match(op: str, left: object, right: object) -> Match | _IsTcp:
             return ConnMark(value, mask)
         case {"ct": {"key": "mark", **more}}, "==", int(value) if not more:
             return ConnMark(value, FULL_MASK)
-        case {"socket": {"key": "transparent"}}, "==", 0 | 1:
-            return MeetsSocket(right == 1)
+        case {"socket": {"key": "transparent"}}, "==", 1:
+            return MeetsTransparentSocket()
     raise ValueError(left)
 
 

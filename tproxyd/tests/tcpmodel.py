@@ -63,6 +63,7 @@ class FakeTcp:
         self.ready = False  # in epoll's ready list
         self.interest = 0  # what epoll was asked to tell; HUP and ERR it always tells
         self.held = 0  # of the outbox: sent with MSG_MORE, waits for more
+        self.closed = False  # by the walk, when the relay is over
 
     # The far end -------------------------------------------------------------------------------
 
@@ -127,7 +128,7 @@ class FakeTcp:
     # Stream ------------------------------------------------------------------------------------
 
     def recv_into(self, buffer: bytearray | memoryview, nbytes: int, flags: int) -> int:
-        self.net.syscall()
+        self._syscall()
         assert flags & socket.MSG_DONTWAIT
         size = min(nbytes, len(self.inbox))
         if not size:
@@ -143,7 +144,7 @@ class FakeTcp:
         return size
 
     def send(self, data: Bytes, flags: int) -> int:
-        self.net.syscall()
+        self._syscall()
         assert flags & socket.MSG_DONTWAIT
         assert flags & socket.MSG_NOSIGNAL
         assert len(data), "an empty send"
@@ -164,7 +165,7 @@ class FakeTcp:
         return size
 
     def shutdown(self, how: int) -> None:
-        self.net.syscall()
+        self._syscall()
         assert how == socket.SHUT_WR
         assert not self.fin, "shut down twice"
         if self.far_rst:
@@ -173,15 +174,21 @@ class FakeTcp:
         self.held = 0
 
     def setsockopt(self, level: int, name: int, value: int | bytes) -> None:
+        self._syscall()
         assert (level, value) == (socket.IPPROTO_TCP, 1)
         assert name in (socket.TCP_NODELAY, socket.TCP_QUICKACK)
         if name == socket.TCP_NODELAY:
             self.held = 0  # tcp_push_pending_frames()
 
     def getsockopt(self, level: int, name: int, size: int) -> bytes:
+        self._syscall()
         assert (level, name) == (socket.SOL_SOCKET, socket.SO_ERROR)
         code, self.error = self.error, 0
         return code.to_bytes(size, "little")
+
+    def _syscall(self) -> None:
+        assert not self.closed, f"{self.name} is used after it was closed"
+        self.net.syscall()
 
     def _take_error(self) -> OSError:
         code, self.error = self.error, 0

@@ -46,11 +46,31 @@ def test_a_plain_connection_is_made_as_its_client() -> None:
     assert (life.received, life.sent, life.header, life.detail) == (3, 5, None, "")
 
 
-def test_an_untrusted_peer_is_never_asked_for_a_header() -> None:
-    """No recv before the relay: whatever it sends, a forged header too, is payload."""
-    life = (Playbook(policy=None) << dials(AS_PEER) << "relay" >> FIN << ENDED).play()
+@pytest.mark.parametrize("data", [V1, V2, b"PROXY X\r\n", b"GET / HTTP/1.1\r\n", b"P"])
+def test_what_an_untrusted_peer_sends_is_payload(data: bytes) -> None:
+    """A forged header too: it is neither waited for, nor looked at, nor counted."""
+    life = (
+        Playbook()
+        << "client recv"
+        >> data
+        << dials(AS_PEER)
+        << f"relay, first {data!r}"
+        >> FIN
+        << ENDED
+    ).play()
     assert life.header is None
     assert life.client == PEER
+
+
+@pytest.mark.parametrize("data", [NOTHING, EOF])
+def test_an_untrusted_peer_is_not_waited_for(data: object) -> None:
+    (Playbook() << "client recv" >> data << dials(AS_PEER) << "relay" >> FIN << ENDED).play()
+
+
+def test_an_untrusted_peer_that_is_gone_already() -> None:
+    """The application never hears of it."""
+    life = (Playbook() << "client recv" >> RESET << "end client by RST: downstream_reset").play()
+    assert life.detail == "Connection reset by peer"
 
 
 def test_the_proxy_as_the_source() -> None:

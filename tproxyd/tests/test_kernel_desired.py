@@ -82,12 +82,10 @@ def test_conntrack_on_a_host() -> None:
             in through lo → accept
             not TCP → accept
             not to an address of this host → accept
+            connection mark 0x539/0xfff, SYN → drop
             not to port 15020-15021, 15090 → goto take_inbound
         chain output at output:
-            connection mark 0x539/0xfff, RST and ACK, of an established connection → goto aborts
             connection mark 0x539/0xfff → set mark 0x539/0xfff
-        chain aborts:
-            meets a not transparent socket → set mark 0x539/0xfff
         chain take_inbound:
             IPv4 → tproxy IPv4 to port 15006 and accept, if a socket is there
             IPv6 → tproxy IPv6 to port 15006 and accept, if a socket is there
@@ -131,7 +129,7 @@ def test_a_drain_keeps_everything_that_brings_answers_home(facts: Facts) -> None
     text = bare(drain)
     assert "meets a transparent socket → drop" in text
     assert ("connection mark" in text) == (facts is HOST)
-    assert "goto take" not in text
+    assert "goto" not in text
     assert "tproxy IPv4" not in text
 
 
@@ -207,7 +205,7 @@ def test_listeners_in_their_order_with_names_that_clash_with_nothing() -> None:
     ]
     state = desired(config(text), facts=HOST)
     names = [chain.name for chain in state.firewall if isinstance(chain, Chain)]
-    assert names == ["prerouting", "output", "aborts", "take_output", "take_prerouting"]
+    assert names == ["prerouting", "output", "take_output", "take_prerouting"]
     assert "IPv4 → tproxy IPv4 to port 1002" in bare(state)
 
 

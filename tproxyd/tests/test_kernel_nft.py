@@ -31,7 +31,6 @@ from tproxyd.kernel.firewall import (
     IpVersion,
     PacketMark,
     PortIn,
-    RstAck,
     Rule,
     SetConnMark,
     SetPacketMark,
@@ -174,13 +173,6 @@ def test_an_empty_table_is_not_no_table() -> None:
 def test_versions_differ_in_writing_flags(flags: object) -> None:
     rule = read_rule(match({"&": [FLAGS, flags]}, "syn"), {"drop": None})
     assert rule == Rule((Syn(),), Verdict.DROP)
-
-
-@pytest.mark.parametrize("mask", [["rst", "ack"], {"|": ["rst", "ack"]}, ["ack", "rst"]])
-@pytest.mark.parametrize("value", [["rst", "ack"], {"|": ["rst", "ack"]}, ["ack", "rst"]])
-def test_versions_differ_in_writing_two_flags_as_well(mask: object, value: object) -> None:
-    rule = read_rule(match({"&": [FLAGS, mask]}, value), {"drop": None})
-    assert rule == Rule((RstAck(),), Verdict.DROP)
 
 
 def test_versions_differ_in_what_they_leave_out() -> None:

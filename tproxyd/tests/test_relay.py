@@ -49,8 +49,12 @@ class Play:
         self.outcomes: list[Outcome] = []
 
     def start(self) -> None:
-        self.relay.start(self.driver, self.outcomes.append)
+        self.relay.start(self.driver, self.finished)
         self.check()
+
+    def finished(self, outcome: Outcome) -> None:
+        self.outcomes.append(outcome)
+        self.client.closed = self.app.closed = True
 
     @property
     def over(self) -> bool:
@@ -183,6 +187,19 @@ def begun(start: Start, before: list[Op]) -> Play:
 
 @settings(max_examples=250, deadline=None)
 @given(starts, orderly, orderly)
+@example(  # told of an end that does not come: what waits for it in the kernel fills the window
+    (0, 1, False, False),
+    [],
+    [
+        Op("app", "write", 1),
+        Op("poll"),
+        Op("client", "read", 1),
+        Op("app", "write", 1),
+        Op("client", "read", 0, True),
+        Op("app", "write", 1, True),
+        Op("stale", "app", RDHUP),
+    ],
+)
 def test_every_byte_arrives_once_and_in_order(
     start: Start, before: list[Op], after: list[Op]
 ) -> None:
@@ -216,6 +233,26 @@ def test_every_byte_arrives_once_and_in_order(
         Op("client", "write", 3),
         Op("poll"),
         Op("app", "rst"),
+    ],
+)
+@example(  # the client has come and gone while its header was awaited: its edges are spent
+    (0, 40, True, False),
+    [Op("client", "fin"), Op("client", "rst")],
+    [],
+)
+@example(  # likewise the application, while it was connected to
+    (0, 40, False, True),
+    [Op("app", "fin"), Op("app", "rst")],
+    [],
+)
+@example(  # its end, and its RST, come behind more than one turn's worth of bytes
+    (0, 100, False, False),
+    [],
+    [
+        Op("client", "write", 4 * BUFFER),
+        Op("client", "fin"),
+        Op("client", "rst"),
+        Op("poll"),
     ],
 )
 def test_a_reset_ends_it_once(start: Start, before: list[Op], after: list[Op]) -> None:
@@ -279,6 +316,12 @@ def test_the_last_bytes_leave_with_the_fin() -> None:
     play.client.far_write(5)
     play.event(play.client, IN | RDHUP)
     assert (play.app.fin, play.app.held, len(play.app.outbox)) == (False, 0, 5)
+
+    for _ in range(4):  # a byte more between every two of its system calls: a whole turn of them
+        play.net.meanwhile += [lambda: None, lambda: play.client.far_write(1)]
+    play.client.far_write(1)
+    play.event(play.client, IN | RDHUP)
+    assert (play.app.fin, play.app.held, len(play.app.outbox)) == (False, 0, 5 + 4)
 
 
 def test_room_is_asked_for_only_where_a_write_came_up_short() -> None:
