@@ -4,6 +4,10 @@
 # missing, so that a second run starts at once. Where packages come from (mirrors, proxies, an
 # index of wheels) is the machine's own apt and pip configuration; nothing here overrides it.
 
+# Debian's interpreter, which need_packages sees to: another one that stands before it on the PATH may
+# be built without optimisation (a shared libpython costs a fifth of the connections per second).
+PYTHON=/usr/bin/python3
+
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 VENV="$ROOT/.venv"
 
@@ -35,16 +39,16 @@ need_packages() {
 need_venv() {
     local group="${1:-}" stamp want have="" extra=()
     stamp="$VENV/.installed${group:+-$group}"
-    want="$(cat "$ROOT/pyproject.toml" "$ROOT/scripts/constraints.txt" | sha256sum) $(python3 -V) $ROOT"
+    want="$(cat "$ROOT/pyproject.toml" "$ROOT/scripts/constraints.txt" | sha256sum) $($PYTHON -V) $ROOT"
     [[ -r $stamp ]] && have="$(<"$stamp")"
     [[ $have == "$want" && -x $VENV/bin/tproxyd ]] && return
 
-    python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-        die "can't use $(python3 -V): tproxyd needs Python 3.11 or newer"
+    $PYTHON -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+        die "can't use $($PYTHON -V): tproxyd needs Python 3.11 or newer"
     echo "# preparing ${VENV#"$PWD"/}" >&2
-    python3 -m venv --clear "$VENV"
+    $PYTHON -m venv --clear "$VENV"
     if [[ $group ]]; then # pip 23 has no --group
-        mapfile -t extra < <(python3 -c '
+        mapfile -t extra < <($PYTHON -c '
 import sys, tomllib
 print(*tomllib.load(open(sys.argv[1], "rb"))["dependency-groups"][sys.argv[2]], sep="\n")
 ' "$ROOT/pyproject.toml" "$group")
