@@ -37,17 +37,14 @@ TCP_LISTEN = 10
 TCP_SYN_RECV = 3
 TCP_NEW_SYN_RECV = 12
 # include/uapi/linux/capability.h
-CAP_NET_BIND_SERVICE = 10
 CAP_NET_ADMIN = 12
 CAP_NET_RAW = 13
 CAPABILITY_NAMES = {
-    CAP_NET_BIND_SERVICE: "CAP_NET_BIND_SERVICE",
     CAP_NET_ADMIN: "CAP_NET_ADMIN",
     CAP_NET_RAW: "CAP_NET_RAW",
 }
 _CAPABILITY_VERSION_3 = 0x20080522
 # include/uapi/linux/prctl.h
-_PR_SET_PDEATHSIG = 1
 _PR_SET_KEEPCAPS = 8
 _PR_SET_NAME = 15
 _PR_SET_NO_NEW_PRIVS = 38
@@ -92,11 +89,6 @@ def become(uid: int, gid: int) -> None:
     os.setgroups([])
     os.setresgid(gid, gid, gid)
     os.setresuid(uid, uid, uid)
-
-
-def die_with_parent(signal_number: int) -> None:
-    """Have the kernel send us this signal when the thread that forked us is gone."""
-    _check(_libc.prctl(_PR_SET_PDEATHSIG, signal_number, 0, 0, 0), "prctl(PDEATHSIG)")
 
 
 def name_process(name: str) -> None:
@@ -162,7 +154,7 @@ _RTT = struct.Struct("=I")
 class TupleLookup:
     """Asks the kernel which TCP socket holds a 4-tuple (sock_diag, one exact look-up).
 
-    About 4 µs, no privilege needed. Without NLM_F_DUMP inet_diag looks the tuple up as an arriving
+    4.4 µs, no privilege needed. Without NLM_F_DUMP inet_diag looks the tuple up as an arriving
     packet would (net/ipv4/inet_diag.c, inet_diag_find_one_icsk): the connection first, then
     TIME_WAIT, then a listener.
     """

@@ -92,8 +92,9 @@ def read_header(
 ) -> Step[tuple[Header | None, bytes]]:
     """The PROXY header, if one is to be there, and the payload that is here already.
 
-    Never more than max_header_bytes are asked for at once, and nothing is asked for behind the
-    header, so that is also the most that `early` can hold. Raises PeerError.
+    Of a peer that may send one, never more than max_header_bytes are asked for at once, and nothing
+    behind the header, so that is also the most that payload can be; of any other, what is at hand,
+    up to _AT_HAND. Raises PeerError.
     """
     if expected is None:
         n = read(downstream, world, _AT_HAND)

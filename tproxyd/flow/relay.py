@@ -39,8 +39,8 @@ from typing import NamedTuple, Protocol
 from tproxyd.errors import CloseReason
 from tproxyd.flow.stream import Stream
 
-# Bulk through one stream: 64 KiB reads cost a quarter of the throughput, 1 MiB ones gain nothing
-# over 256 KiB and leave the second-level cache.
+# A prototype with this size moved 10-16 Gbit/s in one stream, where direct made 15-19 and HAProxy
+# 10 with 128 KiB and 5-6 with its default. Other sizes were not measured.
 BUFFER_SIZE = 256 * 1024
 TURN_READS = 4
 

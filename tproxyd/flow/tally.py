@@ -3,8 +3,8 @@
 Every worker slot has one row of 64-bit integers in shared memory; a worker adds to plain cells
 (`row[i] += 1`, no lock: a row has one writer) and the supervisor reads and sums the rows. This
 module only says which cell means what; proc/counters.py owns the memory and proc/admin.py exports
-it. prometheus-client's own counters cost 2.3 µs an increment where a cell costs 0.1, and would need
-a file per process. Pure.
+it. prometheus-client's own counters cost 2.3 µs an increment where a cell costs 0.05, and would
+need a file per process. Pure.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ class PortCause(StrEnum):
     KERNEL_CHOICE = "kernel_choice"  # none of ours was free: the kernel chose
 
 
-# Upper bounds in seconds. A local connect takes 30-100 µs (the whole loopback handshake runs inside
-# it), a LAN one under a millisecond; 1 s and 3 s are the first SYN retransmissions.
+# Upper bounds in seconds. A local connect takes tens to hundreds of µs (the whole handshake runs
+# inside it), a LAN one under a millisecond; 1 s and 3 s are the first SYN retransmissions.
 CONNECT_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.025, 0.1, 0.5, 1.0, 3.5)
 
 
