@@ -135,6 +135,15 @@ def address_kind(host: str) -> str:
 
 class HasOptions(Protocol):
     def getsockopt(self, level: int, name: int, size: int, /) -> bytes: ...
+    def setsockopt(self, level: int, name: int, value: int | bytes, /) -> None: ...
+
+
+def reset_on_close(sock: HasOptions) -> None:
+    """Have close() send RST: the other side learns that this was no orderly end."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT)
+
+
+_ABORT = struct.pack("ii", 1, 0)  # struct linger: on, 0 s
 
 
 _TCP_INFO_SIZE = 104
@@ -143,12 +152,11 @@ _TCP_INFO_SIZE = 104
 def rtt_and_retransmits(sock: HasOptions) -> tuple[int, int]:
     """Smoothed round-trip time in µs and total retransmitted segments (struct tcp_info)."""
     info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_SIZE)
-    rtt: int = _RTT.unpack_from(info, 68)[0]  # tcpi_rtt
-    retransmits: int = _RTT.unpack_from(info, 100)[0]  # tcpi_total_retrans
+    rtt, retransmits = _RTT_AND_RETRANSMITS(info)
     return rtt, retransmits
 
 
-_RTT = struct.Struct("=I")
+_RTT_AND_RETRANSMITS = struct.Struct("=68xI28xI").unpack  # tcpi_rtt, tcpi_total_retrans
 
 
 class TupleLookup:

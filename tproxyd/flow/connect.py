@@ -44,7 +44,6 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 from tproxyd.addr import Endpoint, Source
@@ -74,6 +73,7 @@ _STRIDE = 39_869
 # seven more all fail less than once in two hundred, and then the kernel looks through all the rest.
 _OWN_CHOICES = 8
 _KERNEL_CHOICES = 3
+ATTEMPTS = _OWN_CHOICES + _KERNEL_CHOICES
 # How soon an unfinished connect is looked up once more: the look-up right after connect can come
 # while the connection that is in the way is itself still in its handshake.
 _SECOND_LOOK_S = 0.05
@@ -104,81 +104,74 @@ def rotate(port: int) -> int:
     return _LOWEST + (port - _LOWEST + _SHIFT) % _PORTS
 
 
-def source_ports(client_port: int) -> Iterator[int]:
-    """The ports to try, best first; 0 means that the kernel chooses.
+def source_port(client_port: int, attempt: int) -> int:
+    """The port to try, best first; 0 means that the kernel chooses.
 
     The client's own is never among them (shift and stride see to that): its tuple is the downstream
     socket itself.
     """
-    first = rotate(client_port)
-    for i in range(_OWN_CHOICES):
-        yield _LOWEST + (first - _LOWEST + i * _STRIDE) % _PORTS
-    for _ in range(_KERNEL_CHOICES):
-        yield 0
+    if attempt >= _OWN_CHOICES:
+        return 0
+    return _LOWEST + (client_port - _LOWEST + _SHIFT + attempt * _STRIDE) % _PORTS
 
 
-def dial(plan: Plan, timeout_s: float, network: Network, speaks: bool = False) -> Step[Dialled]:
+def dial(plan: Plan, deadline: float, network: Network, speaks: bool = False) -> Step[Dialled]:
     """A connected upstream socket with the planned source. Raises UpstreamError, OSError.
 
-    `speaks`: the caller has bytes that it sends as soon as it is connected.
+    `deadline` is for all attempts together. `speaks`: the caller has bytes that it sends as soon as
+    it is connected.
     """
-    deadline = network.now() + timeout_s
-    if not plan.spoof:
-        dialled = yield from _attempt(plan, None, deadline, network, speaks)
-        if isinstance(dialled, PortCause):
-            raise UpstreamError(CloseReason.NO_SOURCE_PORT, f"no free port toward {plan.upstream}")
-        return dialled
-    for port in source_ports(plan.client.port):
-        if port == 0:
-            network.count_port_retry(PortCause.KERNEL_CHOICE)
-        source = Source(Endpoint(plan.client.host, port))
-        dialled = yield from _attempt(plan, source, deadline, network, speaks)
-        if not isinstance(dialled, PortCause):
-            return dialled
-        network.count_port_retry(dialled)
-    raise UpstreamError(
-        CloseReason.NO_SOURCE_PORT,
-        f"no free source port of {plan.client.host} toward {plan.upstream}",
-    )
-
-
-def _attempt(
-    plan: Plan, source: Source | None, deadline: float, network: Network, speaks: bool
-) -> Step[Dialled | PortCause]:
-    """One try from one source (None: our own address): connected, or why not from this port."""
-    stream = network.upstream_socket(plan.upstream.is_v6, source is not None, speaks)
-    connected = False
-    try:
-        if source is not None:
-            if source.port == 0:
-                network.late_bind(stream)
-            try:
+    client, upstream, spoof = plan.client, plan.upstream, plan.spoof
+    v6 = ":" in upstream.host
+    for attempt in range(ATTEMPTS if spoof else 1):
+        source: Source | None = None  # our own address
+        stream = network.upstream_socket(v6, spoof, speaks)
+        connected = False
+        try:
+            if spoof:
+                port = source_port(client.port, attempt)
+                if port == 0:
+                    network.count_port_retry(PortCause.KERNEL_CHOICE)
+                    network.late_bind(stream)
+                source = Source(Endpoint(client.host, port))
                 stream.bind(source)
-            except OSError as error:
-                if error.errno == errno.EADDRINUSE:
-                    return PortCause.IN_USE
-                if error.errno == errno.EADDRNOTAVAIL:
-                    return PortCause.NOT_AVAILABLE
+            code = stream.connect_ex(upstream)
+            if code == errno.EINPROGRESS:
+                code = stream.connect_ex(upstream)  # 0 if a local upstream is there already
+            if code == errno.EALREADY:
+                code = yield from _unfinished(stream, plan, source, deadline, network)
+            if code in (0, errno.EISCONN):
+                connected = True
+                if source is None or source.port == 0:
+                    host, port, *_ = stream.getsockname()
+                    source = Source(Endpoint(host, port))
+                return Dialled(stream, source)
+            cause = _CAUSES.get(code)
+            if cause is None:
+                raise _failure(code, plan)
+        except OSError as error:  # of bind
+            cause = _BIND_CAUSES.get(error.errno or 0)
+            if cause is None:
                 raise
-        code = stream.connect_ex(plan.upstream)
-        if code == errno.EINPROGRESS:
-            code = stream.connect_ex(plan.upstream)  # 0 if a local upstream is there already
-        if code == errno.EALREADY:
-            code = yield from _unfinished(stream, plan, source, deadline, network)
-        if code in (errno.EADDRNOTAVAIL, errno.EADDRINUSE):
-            return PortCause.NOT_AVAILABLE
-        if code == errno.EEXIST:
-            return PortCause.LIVE_DOWNSTREAM
-        if code not in (0, errno.EISCONN):
-            raise _failure(code, plan)
-        connected = True
-        if source is None or source.port == 0:
-            host, port, *_ = stream.getsockname()
-            source = Source(Endpoint(host, port))
-        return Dialled(stream, source)
-    finally:
-        if not connected:
-            network.close(stream)
+        finally:
+            if not connected:
+                network.close(stream)
+        if spoof:
+            network.count_port_retry(cause)
+    of = f" of {client.host}" if spoof else ""
+    raise UpstreamError(CloseReason.NO_SOURCE_PORT, f"no free source port{of} toward {upstream}")
+
+
+# What means that another port should be tried: to connect, and to bind.
+_CAUSES = {
+    errno.EADDRNOTAVAIL: PortCause.NOT_AVAILABLE,
+    errno.EADDRINUSE: PortCause.NOT_AVAILABLE,
+    errno.EEXIST: PortCause.LIVE_DOWNSTREAM,  # _unfinished()
+}
+_BIND_CAUSES = {
+    errno.EADDRINUSE: PortCause.IN_USE,
+    errno.EADDRNOTAVAIL: PortCause.NOT_AVAILABLE,
+}
 
 
 def _unfinished(
@@ -255,7 +248,7 @@ class Sockets:
         sock = socket.SocketType(_INET6 if v6 else _INET, _STREAM)
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            # No keep-alive: the other end is on this host, whose kernel tells when it goes.
             if speaks:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
             if spoof:

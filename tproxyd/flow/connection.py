@@ -1,8 +1,10 @@
 """The life of a connection, in walking order. Start reading here.
 
 `serve` is a generator: it yields what it waits for and is resumed by the engine (stream.py says
-how), so the story stays straight, and a test drives it without sockets. Whatever happens on the
-way, it ends in exactly one record with exactly one close reason.
+how), so the story stays straight, and a test drives it without sockets. Most walks never wait. It
+ends in the relay, two plain objects that live on without it; so nothing of the walk is kept, nor of
+what it has read, while a connection is open. Whatever happens on the way, there is exactly one
+record in the end, with exactly one close reason.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from tproxyd.addr import Peer
 from tproxyd.config import HeaderPolicy, Listener
@@ -27,7 +29,7 @@ from tproxyd.flow.proxyproto import (
     parse,
 )
 from tproxyd.flow.record import Record
-from tproxyd.flow.relay import Limits, Outcome, Relay, receive
+from tproxyd.flow.relay import DONTWAIT, Limits, Relay
 from tproxyd.flow.stream import Step, Stream, Wait
 from tproxyd.flow.tally import HeaderResult
 
@@ -62,43 +64,78 @@ class Lane:
     index: int = 0
 
 
-def serve(downstream: Stream, peer: Peer, lane: Lane, world: World) -> Generator[Any, Any, None]:
-    """From the accepted socket to its record. Both sockets are closed at the end."""
+class Passage(Relay):
+    """The relay of a connection, which knows what to do when it is over."""
+
+    __slots__ = ("_lane", "_life", "_world")
+
+    def __init__(
+        self, lane: Lane, life: Record, world: World, both: tuple[Stream, Stream], early: bytes
+    ) -> None:
+        super().__init__(*both, early, lane.limits)
+        self._lane, self._life, self._world = lane, life, world
+
+    def finished(self, reason: CloseReason, detail: str, aborted: bool) -> None:
+        life, up, down = self._life, self.up, self.down
+        life.reason, life.detail = reason, detail
+        life.received, life.sent = up.delivered, down.delivered
+        self._world.ended(self._lane, life, up.source, down.source, aborted)
+
+
+def serve(
+    downstream: Stream, peer: Peer, lane: Lane, world: World
+) -> Generator[Wait, bool, Relay | None]:
+    """From the accepted socket to the relay; or, when it comes to nothing, to its record.
+
+    Both sockets are closed by whoever has the last word, by RST unless both ended in order.
+    """
     listener = lane.listener
     life = Record(listener.name, peer, world.now(), time.time())
     upstream: Dialled | None = None
-    aborted = True  # unless both sides finish in order, both are told so by RST
+    relay: Relay | None = None
     try:
         if not world.opened(lane):
             raise PeerError(CloseReason.OVERLOAD, f"max_connections = {listener.max_connections}")
         life.dst = original_destination(downstream)
         expected = lane.expectation(peer.host)
-        life.header, early = yield from read_header(downstream, expected, listener, world)
+        if expected is None:
+            early = read_what_is_here(downstream, world)
+        else:
+            life.header, early = yield from read_header(downstream, expected, listener, world)
         plan = plan_for(peer, life.dst, life.header, listener.source, lane.own_ports, world.kind_of)
         plan = agreed(plan, life, world)
-        upstream = yield from connect(plan, listener, life, world, speaks=bool(early))
-        moved: Outcome = yield Relay(downstream, upstream.stream, early, lane.limits)
-        life.reason, life.detail, life.received, life.sent, aborted = moved
+        began = world.now()
+        upstream = yield from dial(plan, began + listener.connect_timeout_s, world, bool(early))
+        world.connected(world.now() - began)
+        life.source = upstream.source
+        relay = Passage(lane, life, world, (downstream, upstream.stream), early)
     except (PeerError, UpstreamError) as failure:
         life.reason, life.detail = failure.reason, failure.detail
     except OSError as error:
         life.reason, life.detail = CloseReason.INTERNAL, str(error)
     finally:
-        world.ended(lane, life, downstream, upstream.stream if upstream else None, aborted)
+        if relay is None:
+            world.ended(lane, life, downstream, upstream and upstream.stream, aborted=True)
+    return relay
+
+
+def read_what_is_here(downstream: Stream, world: World) -> bytes:
+    """Payload that has come already, of a peer that is never asked for a header. Raises PeerError.
+
+    Up to _AT_HAND; the rest goes through the relay.
+    """
+    n = read(downstream, world, _AT_HAND)
+    return bytes(world.view[:n]) if n else b""
 
 
 def read_header(
-    downstream: Stream, expected: HeaderPolicy | None, listener: Listener, world: World
+    downstream: Stream, expected: HeaderPolicy, listener: Listener, world: World
 ) -> Step[tuple[Header | None, bytes]]:
-    """The PROXY header, if one is to be there, and the payload that is here already.
+    """The PROXY header, if there is one, and the payload that is here already. Raises PeerError.
 
-    Of a peer that may send one, never more than max_header_bytes are asked for at once, and nothing
-    behind the header, so that is also the most that payload can be; of any other, what is at hand,
-    up to _AT_HAND. Raises PeerError.
+    Never more than max_header_bytes are asked for at once, and nothing behind the header, so that
+    is also the most that payload can be.
     """
-    if expected is None:
-        n = read(downstream, world, _AT_HAND)
-        return None, bytes(world.view[:n]) if n else b""
     deadline = world.now() + listener.header_timeout_s
     got = bytearray()
     while True:
@@ -144,7 +181,9 @@ def read_header(
 def read(downstream: Stream, world: World, size: int) -> int | None:
     """How many bytes came into the world's view; None when none are here. Raises PeerError."""
     try:
-        return receive(downstream, world.view, size)
+        return downstream.recv_into(world.view, size, DONTWAIT)
+    except BlockingIOError:
+        return None
     except OSError as error:
         raise PeerError(CloseReason.DOWNSTREAM_RESET, error.strerror or "") from None
 
@@ -161,14 +200,3 @@ def agreed(plan: Plan | Refusal, life: Record, world: World) -> Plan:
     if plan.fallback:
         world.count_fallback(plan.fallback)
     return plan
-
-
-def connect(
-    plan: Plan, listener: Listener, life: Record, world: World, speaks: bool
-) -> Step[Dialled]:
-    """The upstream, connected as planned, and how long that took."""
-    began = world.now()
-    upstream = yield from dial(plan, listener.connect_timeout_s, world, speaks)
-    world.connected(world.now() - began)
-    life.source = upstream.source
-    return upstream

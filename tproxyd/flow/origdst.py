@@ -10,12 +10,11 @@ Facts about TPROXY, run on Linux 6.18:
 
 from __future__ import annotations
 
-from tproxyd.addr import Endpoint, OriginalDst
-from tproxyd.flow.listen import endpoint
+from tproxyd.addr import OriginalDst
+from tproxyd.flow.listen import local_endpoint
 from tproxyd.flow.stream import Stream
 
 
 def original_destination(downstream: Stream) -> OriginalDst:
     """The address and port that the client connected to. Raises OSError if it is gone already."""
-    local: Endpoint = endpoint(downstream.getsockname())
-    return OriginalDst(local)
+    return OriginalDst(local_endpoint(downstream.getsockname()))

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from tproxyd.addr import Client, Endpoint, OriginalDst, Peer, Upstream, parse_ip
 from tproxyd.config import HeaderPolicy, ProxyProtocol, SourceKind
@@ -21,8 +22,7 @@ from tproxyd.errors import CloseReason
 from tproxyd.flow.proxyproto import Header
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     client: Client  # who it is
     upstream: Upstream  # where to connect
     spoof: bool  # as the client; else from the proxy's own address
@@ -76,10 +76,10 @@ def plan_for(
         client = Client(header.source)
     upstream = Upstream(dst)
     if source is SourceKind.PROXY:
-        return Plan(client, upstream, spoof=False)
-    if client.is_v6 != upstream.is_v6:
-        return Plan(client, upstream, spoof=False, fallback="family")
-    return Plan(client, upstream, spoof=True)
+        return Plan(client, upstream, False)
+    if (":" in client.host) != (":" in upstream.host):
+        return Plan(client, upstream, False, "family")
+    return Plan(client, upstream, True)
 
 
 def _unclaimable(claim: Endpoint, kind_of: Callable[[str], str]) -> str:

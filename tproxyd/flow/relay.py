@@ -22,6 +22,8 @@ What follows from that:
 - One buffer per worker serves every connection; nothing is allocated per turn but a slice.
 - A direction moves at most TURN_READS buffers at a time and then queues up behind the others, so
   that a bulk stream does not starve small ones.
+- Where a whole buffer was waiting it is a bulk stream: from then on its bytes go through a pipe, by
+  splice, and are never copied (pipes.py).
 
 A Relay is also its own timer: activity only stores a time, and the deadline, when it comes, looks
 whether it still stands.
@@ -32,54 +34,38 @@ from __future__ import annotations
 import errno
 import select
 import socket
-import struct
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from tproxyd.errors import CloseReason
+from tproxyd.flow.pipes import Pipe
 from tproxyd.flow.stream import Stream
 
 # A prototype with this size moved 10-16 Gbit/s in one stream, where direct made 15-19 and HAProxy
 # 10 with 128 KiB and 5-6 with its default. Other sizes were not measured.
 BUFFER_SIZE = 256 * 1024
 TURN_READS = 4
+TURN_FILLS = 2  # the same share of a turn, a mebibyte, by pipe
+# What a turn by pipe must have moved for the next one to go that way too. Not measured: a few pages
+# are where handing them over gets cheaper than copying them.
+BULK_SIZE = 32 * 1024
 
-_DONTWAIT = socket.MSG_DONTWAIT
-_SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
-_MORE = socket.MSG_MORE
+# Plain integers: an operation on the socket module's own flags makes an enum member, 3 µs.
+DONTWAIT = int(socket.MSG_DONTWAIT)
+_SEND = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+_SEND_MORE = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL | socket.MSG_MORE)
 _IN = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 _OUT = select.EPOLLOUT | select.EPOLLHUP | select.EPOLLERR
 # There is an end to be read, or an urgent byte, at which a recv stops short.
 _LAST = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR | select.EPOLLPRI
 _FIN = select.EPOLLRDHUP  # an end, with nothing to come behind what is here
-_ABORT = struct.pack("ii", 1, 0)  # struct linger: on, 0 s
+_ERR = select.EPOLLERR
 _SO_ERROR_SIZE = 4
-
-
-def reset_on_close(stream: Stream) -> None:
-    """Have close() send RST: the other side learns that this was no orderly end."""
-    stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT)
-
-
-def receive(stream: Stream, view: memoryview, size: int) -> int | None:
-    """How many bytes came into `view`: 0 at the end of the stream, None when there are none yet."""
-    try:
-        return stream.recv_into(view, size, _DONTWAIT)
-    except BlockingIOError:
-        return None
 
 
 class Limits(NamedTuple):
     idle_s: float  # 0: none
     half_close_s: float
-
-
-class Outcome(NamedTuple):
-    reason: CloseReason
-    detail: str
-    received: int  # bytes from downstream that were delivered upstream
-    sent: int  # bytes from upstream that were delivered downstream
-    aborted: bool  # the sockets, still open, are to be closed by RST
 
 
 class Driver(Protocol):
@@ -88,121 +74,137 @@ class Driver(Protocol):
     view: memoryview
     now: float
 
-    def watch(self, stream: Stream, handler: Callable[[int], None]) -> bool: ...
+    def watch(self, stream: Stream, handler: Direction) -> bool: ...
     def watch_for_room(self, stream: Stream) -> None: ...
     def again(self, task: Callable[[], None]) -> None: ...
     def set_timer(self, item: Relay, due: float) -> None: ...
+    def cancel_timer(self, item: Relay) -> None: ...
+    def lease_pipe(self) -> Pipe | None: ...
+    def return_pipe(self, pipe: Pipe) -> None: ...
 
 
 class Direction:
-    """One way: bytes from `source` to `sink`."""
+    """One way: bytes from `source` to where `back`, the other way, comes from.
 
-    __slots__ = ("delivered", "ended", "read", "rest", "sink", "source", "stop_reading", "write")
+    The engine calls it with the events of `source`. It and its relay point at each other until that
+    is over; then they are parted, so that no collector has to look for them.
+    """
 
-    def __init__(self, source: Stream, sink: Stream) -> None:
-        self.source, self.sink = source, sink
-        self.read, self.write = source.recv_into, sink.send
-        self.rest: memoryview | bytes = b""  # read, not yet delivered
+    __slots__ = ("back", "bulk", "delivered", "ended", "relay", "rest", "source", "stop_reading")
+
+    back: Direction
+
+    def __init__(self, relay: Relay, source: Stream, rest: bytes) -> None:
+        self.relay = relay
+        self.source = source
+        self.rest: memoryview | bytes | Pipe = rest  # read, not yet delivered
         self.delivered = 0
+        self.bulk = False
         self.stop_reading = False  # EOF was read
         self.ended = False  # EOF was read and everything delivered
 
+    def on_event(self, events: int) -> None:
+        relay = self.relay
+        relay.last_active = relay.driver.now
+        if events & _OUT and self.back.rest:
+            relay.flush(self.back)
+        if events & _IN and not relay.over:
+            if not (self.rest or self.stop_reading):
+                relay.pump(self, events & _LAST, events & _FIN)
+            if events & _ERR:
+                relay.check_unread(self)
+
+    def cut(self, reason: CloseReason, detail: str) -> None:
+        self.relay.cut(reason, detail)
+
 
 class Relay:
-    """Both directions of one connection. The walk yields it; the engine calls start()."""
+    """Both directions of one connection. A walk ends in it, and the engine calls start().
+
+    A subclass says what `finished` does.
+    """
 
     __slots__ = (
-        "_downstream",
-        "_driver",
-        "_finished",
         "_first",
-        "_last_active",
         "_limits",
-        "_over",
         "_queued",
         "_torn",
-        "_upstream",
         "down",
+        "driver",
+        "last_active",
+        "over",
         "timer",
         "up",
     )
 
+    driver: Driver
+    last_active: float
+
     def __init__(self, downstream: Stream, upstream: Stream, early: bytes, limits: Limits) -> None:
-        self._downstream, self._upstream = downstream, upstream
-        self.up = Direction(downstream, upstream)
-        self.down = Direction(upstream, downstream)
-        self.up.rest = early
+        self.up = Direction(self, downstream, early)
+        self.down = Direction(self, upstream, b"")
+        self.up.back, self.down.back = self.down, self.up
         self._limits = limits
         self._first: Direction | None = None  # the one that ended first
         self._torn: Direction | None = None  # the one that has no end, only an RST
-        self._over = False
         self._queued = False
+        self.over = False
         self.timer: dict[object, None] | None = None  # engine.Timers' own
 
-    def start(self, driver: Driver, finished: Callable[[Outcome], None]) -> None:
-        """Begin moving bytes; `finished` is called once, from within an event or at once."""
-        self._driver, self._finished = driver, finished
-        self._last_active = driver.now
+    def finished(self, reason: CloseReason, detail: str, aborted: bool) -> None:
+        """Called once, from within an event or start(). The sockets are open, and to be closed:
+        by RST where it was `aborted`.
+        """
+        raise NotImplementedError
+
+    def start(self, driver: Driver) -> None:
+        """Begin moving bytes."""
+        up, down = self.up, self.down
+        self.driver = driver
+        self.last_active = driver.now
         # Registering a socket reports what it holds by then. One that was registered before, while
         # the walk waited for it, has had its edges already: it is read until it says so.
-        new_downstream = driver.watch(self._downstream, self.on_downstream)
-        new_upstream = driver.watch(self._upstream, self.on_upstream)
-        if self.up.rest and self._deliver(self.up):
+        new_downstream = driver.watch(up.source, up)
+        new_upstream = driver.watch(down.source, down)
+        if up.rest and self._deliver(up):
             # They carried the ACK of the handshake (connect.py); from here on it is as usual.
-            self._upstream.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
-        if not (self._over or self.up.rest or new_downstream):
-            self._pump(self.up, thorough=True)
-        if not (self._over or new_upstream):
-            self._pump(self.down, thorough=True)
+            down.source.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+        if not (new_downstream or self.over or up.rest):
+            self.pump(up, thorough=True)
+        if not (new_upstream or self.over):
+            self.pump(down, thorough=True)
         if not new_downstream:
-            self._check_unread(self.up)
+            self.check_unread(up)
         if not new_upstream:
-            self._check_unread(self.down)
-        if not self._over:
+            self.check_unread(down)
+        if not self.over:
             self._set_timer()
 
-    def on_downstream(self, events: int) -> None:
-        self._on_event(self.up, self.down, events)
-
-    def on_upstream(self, events: int) -> None:
-        self._on_event(self.down, self.up, events)
-
-    def _on_event(self, inward: Direction, outward: Direction, events: int) -> None:
-        """`inward` comes from the socket that has the events, `outward` goes to it."""
-        self._last_active = self._driver.now
-        if events & _OUT and outward.rest:
-            self._flush(outward)
-        if events & _IN and not self._over:
-            if not (inward.rest or inward.stop_reading):
-                self._pump(inward, bool(events & _LAST), bool(events & _FIN))
-            if events & select.EPOLLERR:
-                self._check_unread(inward)
-
-    def _pump(self, way: Direction, thorough: bool, fin: bool = False) -> None:
+    def pump(self, way: Direction, thorough: int, fin: int = 0) -> None:
         """Move what is there, up to TURN_READS buffers; `thorough`: until recv says so.
 
         `fin`: the end of the stream is behind it, said an event (which may be stale).
         """
-        if way.stop_reading:
+        if way.stop_reading or (way.bulk and self._by_pipe(way)):
             return
-        view = self._driver.view
+        view, source, sink = self.driver.view, way.source, way.back.source
         held = False  # MSG_MORE holds bytes back
         for _ in range(TURN_READS):
             try:
-                n = way.read(view, BUFFER_SIZE, _DONTWAIT)
+                n = source.recv_into(view, BUFFER_SIZE, DONTWAIT)
             except BlockingIOError:
                 if held:  # `fin` was stale
-                    self._let_go(way)
+                    self._let_go(sink)
                 return
             except OSError as error:
-                self._reset(way.source, error)
+                self._reset(way, error)
                 return
             if n == 0:
                 self._eof(way)
                 return
             more = fin and n < BUFFER_SIZE
             try:
-                sent = way.write(view[:n], _SEND_FLAGS | _MORE if more else _SEND_FLAGS)
+                sent = sink.send(view[:n], _SEND_MORE if more else _SEND)
             except BlockingIOError:
                 sent = 0
             except OSError as error:
@@ -212,55 +214,105 @@ class Relay:
             if sent < n:
                 way.rest = bytes(view[sent:n])
                 if held:
-                    self._let_go(way)
-                self._driver.watch_for_room(way.sink)
+                    self._let_go(sink)
+                self.driver.watch_for_room(sink)
                 return
-            held = more
-            if n < BUFFER_SIZE and not thorough:
-                return
+            if n < BUFFER_SIZE:
+                held = bool(more)
+                if not thorough:
+                    return
+            elif not way.bulk:
+                way.bulk = True
+                self.up.source.setblocking(False)  # accept left it in that mode (listen.py)
+                if self._by_pipe(way):
+                    return
         if held:
-            self._let_go(way)
+            self._let_go(sink)
+        self._go_on_later()
+
+    def _by_pipe(self, way: Direction) -> bool:
+        """Move a turn's share by splice; whether that is all for now. If not, recv goes on.
+
+        recv has the last word on whether there is more, or an end: splice says nothing, and even
+        end, where it meets an urgent byte (__tcp_read_sock in net/ipv4/tcp.c).
+        """
+        moved, driver = 0, self.driver
+        for _ in range(TURN_FILLS):
+            pipe = driver.lease_pipe()
+            if pipe is None:
+                return False
+            try:
+                n = pipe.fill(way.source)
+            except BlockingIOError:
+                n = 0
+            except OSError as error:
+                driver.return_pipe(pipe)
+                self._reset(way, error)
+                return True
+            if n == 0:
+                driver.return_pipe(pipe)
+                way.bulk = moved >= BULK_SIZE
+                return False
+            moved += n
+            way.rest = pipe
+            if not self._deliver(way):
+                return True
+        self._go_on_later()
+        return True
+
+    def _let_go(self, sink: Stream) -> None:
+        """Send what MSG_MORE holds back: setting TCP_NODELAY anew does that (tcp(7))."""
+        sink.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def _go_on_later(self) -> None:
         if not self._queued:
             self._queued = True
-            self._driver.again(self._continue)
-
-    def _let_go(self, way: Direction) -> None:
-        """Send what MSG_MORE holds back: setting TCP_NODELAY anew does that (tcp(7))."""
-        way.sink.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.driver.again(self._continue)
 
     def _continue(self) -> None:
         """The next turn of whichever direction had more than its share to move."""
         self._queued = False
         for way in (self.up, self.down):
-            if not self._over and not way.rest:
-                self._pump(way, thorough=True)
-                self._check_unread(way)
+            if not self.over and not way.rest:
+                self.pump(way, thorough=True)
+                self.check_unread(way)
 
-    def _flush(self, way: Direction) -> None:
+    def flush(self, way: Direction) -> None:
         """Deliver what was left over, then read on: edges were ignored meanwhile."""
         if self._deliver(way):
             if way.stop_reading:
                 self._end(way)
             else:
-                self._pump(way, thorough=True)
+                self.pump(way, thorough=True)
 
     def _deliver(self, way: Direction) -> bool:
         """Send what was left over; whether all of it went."""
-        rest = memoryview(way.rest)
-        while rest:
-            try:
-                sent = way.write(rest, _SEND_FLAGS)
-            except BlockingIOError:
-                way.rest = rest
-                self._driver.watch_for_room(way.sink)
-                return False
-            except OSError as error:
-                self._sink_gone(way, error)
-                return False
-            way.delivered += sent
-            rest = rest[sent:]
+        rest, sink = way.rest, way.back.source
+        try:
+            if isinstance(rest, Pipe):
+                while rest.held:
+                    way.delivered += rest.drain(sink)
+                self.driver.return_pipe(rest)
+            else:
+                rest = memoryview(rest)
+                while rest:
+                    sent = sink.send(rest, _SEND)
+                    way.delivered += sent
+                    rest = rest[sent:]
+        except BlockingIOError:
+            way.rest = rest
+            self.driver.watch_for_room(sink)
+            return False
+        except OSError as error:
+            self._sink_gone(way, error)
+            return False
         way.rest = b""
         return True
+
+    def _drop_rest(self, way: Direction) -> None:
+        if isinstance(way.rest, Pipe):
+            self.driver.return_pipe(way.rest)
+        way.rest = b""
 
     def _eof(self, way: Direction) -> None:
         way.stop_reading = True
@@ -270,15 +322,14 @@ class Relay:
     def _end(self, way: Direction) -> None:
         """Everything of this direction is delivered, its end too."""
         way.ended = True
-        other = self.down if way is self.up else self.up
-        if other.ended:
+        if way.back.ended:
             first = self._first
             reason = CloseReason.DOWNSTREAM_FIN if first is self.up else CloseReason.UPSTREAM_FIN
             self._finish(reason, "", aborted=False)
             return
         self._first = way
         try:
-            way.sink.shutdown(socket.SHUT_WR)
+            way.back.source.shutdown(socket.SHUT_WR)
         except OSError as error:  # ENOTCONN: reset in this very moment
             self._sink_gone(way, error)
             return
@@ -286,40 +337,41 @@ class Relay:
 
     def _sink_gone(self, way: Direction, error: OSError) -> None:
         """The receiver of `way` is gone: deliver what it sent before that, then pass it on."""
-        other = self.down if way is self.up else self.up
-        way.rest = b""
+        other = way.back
+        self._drop_rest(way)
         way.stop_reading = True
         if error.errno not in (errno.EPIPE, errno.ENOTCONN):
             # RST, and this was its one error report: recv will answer 0 where the data ends, and
             # that is not to be told as an orderly end. (Behind a FIN the report is EPIPE.)
             self._torn = other
-        while not self._over and not other.rest and not other.stop_reading:
+        while not self.over and not other.rest and not other.stop_reading:
             before = other.delivered
-            self._pump(other, thorough=True)
+            self.pump(other, thorough=True)
             if other.delivered == before:
                 break
-        self._reset(way.sink, error)
+        self._reset(other, error)
 
-    def _check_unread(self, way: Direction) -> None:
+    def check_unread(self, way: Direction) -> None:
         """Look for an RST where no recv will find it, after its edge or where that is spent.
 
         We do not read because the other side stalls, or because this one has finished, and then
         closed altogether and was sent more. An RST must wait for neither.
         """
-        if self._over or not (way.rest or way.stop_reading):
+        if self.over or not (way.rest or way.stop_reading):
             return
         code = int.from_bytes(
             way.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR, _SO_ERROR_SIZE), "little"
         )
         if code:
-            self._reset(way.source, OSError(code, errno.errorcode.get(code, str(code))))
+            self._reset(way, OSError(code, errno.errorcode.get(code, str(code))))
 
-    def _reset(self, stream: Stream, error: OSError) -> None:
-        downstream = stream is self._downstream
+    def _reset(self, way: Direction, error: OSError) -> None:
+        """The socket that `way` reads says that its connection is broken."""
         if error.errno in (errno.ECONNRESET, errno.EPIPE):
             detail = ""
         else:  # ETIMEDOUT by keep-alive or retransmission, EHOSTUNREACH by ICMP …
             detail = error.strerror or str(error)
+        downstream = way is self.up
         self._finish(
             CloseReason.DOWNSTREAM_RESET if downstream else CloseReason.UPSTREAM_RESET,
             detail,
@@ -328,13 +380,12 @@ class Relay:
 
     def cut(self, reason: CloseReason, detail: str = "") -> None:
         """End it from outside (a drain deadline)."""
-        if not self._over:
-            self._finish(reason, detail, aborted=True)
+        self._finish(reason, detail, aborted=True)
 
     def on_timer(self, now: float) -> None:
         half = self._first is not None
         limit = self._limits.half_close_s if half else self._limits.idle_s
-        if now - self._last_active < limit:
+        if now - self.last_active < limit:
             self._set_timer()
             return
         reason = CloseReason.HALF_CLOSE_TIMEOUT if half else CloseReason.IDLE_TIMEOUT
@@ -343,10 +394,18 @@ class Relay:
     def _set_timer(self) -> None:
         limit = self._limits.half_close_s if self._first is not None else self._limits.idle_s
         if limit:
-            self._driver.set_timer(self, self._last_active + limit)
+            self.driver.set_timer(self, self.last_active + limit)
 
     def _finish(self, reason: CloseReason, detail: str, aborted: bool) -> None:
-        if self._over:
+        if self.over:
             return
-        self._over = True
-        self._finished(Outcome(reason, detail, self.up.delivered, self.down.delivered, aborted))
+        self.over = True
+        if self.timer is not None:
+            self.driver.cancel_timer(self)
+        up, down = self.up, self.down
+        self._drop_rest(up)
+        self._drop_rest(down)
+        try:
+            self.finished(reason, detail, aborted)
+        finally:
+            del up.back, up.relay, down.back, down.relay

@@ -22,7 +22,6 @@ import socket
 import sys
 import time
 from dataclasses import dataclass
-from functools import partial
 
 import uvloop
 
@@ -33,7 +32,7 @@ from tproxyd.flow.connect import Sockets
 from tproxyd.flow.connection import Lane, serve
 from tproxyd.flow.engine import Engine
 from tproxyd.flow.record import LineWriter, Record, formatter
-from tproxyd.flow.relay import Limits, reset_on_close
+from tproxyd.flow.relay import Limits
 from tproxyd.flow.stream import Stream
 from tproxyd.flow.tally import (
     ACCEPT_PAUSES,
@@ -59,6 +58,7 @@ from tproxyd.linux import (
     capabilities,
     keep_only,
     name_process,
+    reset_on_close,
     rtt_and_retransmits,
 )
 
@@ -146,7 +146,7 @@ class Worker(Sockets):
         self.view = self.engine.view
         config = spec.config
         own_ports = frozenset(each.port for each in config.listeners)
-        self._lanes = tuple(
+        lanes = [
             Lane(
                 listener=each,
                 expectation=policy.trust(each.proxy_protocol),
@@ -155,7 +155,8 @@ class Worker(Sockets):
                 index=i,
             )
             for i, each in enumerate(config.listeners)
-        )
+        ]
+        self._doors = [Door(self, sock, lanes[index]) for index, sock in spec.listeners]
         self._row = spec.rows[spec.slot]
         self._cells = Cells(Layout(config), config)
         self._rows = spec.rows
@@ -190,29 +191,28 @@ class Worker(Sockets):
         if self._listening or self._draining or self._active >= self._capacity:
             return
         self._listening = True
-        for index, sock in self._spec.listeners:
-            handler = partial(self._accept, sock, self._lanes[index])
-            self.engine.listen(sock, handler)
+        for door in self._doors:
+            self.engine.listen(door.sock, door)
 
     def _pause_accepting(self) -> None:
         if self._listening:
             self._listening = False
-            for _, sock in self._spec.listeners:
-                self.engine.unlisten(sock)
+            for door in self._doors:
+                self.engine.unlisten(door.sock)
 
-    def _accept(self, listener: socket.socket, lane: Lane, _events: int = 0) -> bool:
-        """Take waiting connections, up to a batch; whether there may be more.
+    def accept(self, door: Door, count: int) -> bool:
+        """Take up to so many waiting connections; whether there may be more.
 
         Out of file descriptors, accepting pauses: what waits in the queue stays there, and is
         served when a connection has ended or, where the kernel's limit was met first, soon after.
         """
-        for _ in range(_ACCEPT_BATCH):
+        for _ in range(count):
             if self._active >= self._capacity:
                 self._row[self._cells.accept_pauses] += 1
                 self._pause_accepting()
                 return False
             try:
-                downstream, peer = listen.accept(listener)
+                downstream, peer = listen.accept(door.sock)
             except BlockingIOError:
                 return False
             except OSError as error:
@@ -222,7 +222,7 @@ class Worker(Sockets):
                 self._pause_accepting()
                 self._loop.call_later(_RETRY_ACCEPT_S, self._resume_accepting)
                 return False
-            self.engine.start(serve(downstream, peer, lane, self))
+            self.engine.start(serve(downstream, peer, door.lane, self))
         return True
 
     # Ending ------------------------------------------------------------------------------------
@@ -244,8 +244,8 @@ class Worker(Sockets):
         """Serve what waits in the accept queues, take no more, and leave when all are done."""
         if self._draining:
             return
-        for index, sock in self._spec.listeners:
-            while self._accept(sock, self._lanes[index]):
+        for door in self._doors:
+            while self.accept(door, _ACCEPT_BATCH):
                 pass
         self._pause_accepting()
         for _, sock in self._spec.listeners:
@@ -264,16 +264,12 @@ class Worker(Sockets):
 
     def _cut(self, why: str) -> None:
         """End what is still open."""
-        for walker in tuple(self.engine.walks):
-            walker.cut(CloseReason.DRAIN_TIMEOUT, why)
+        self.engine.cut(CloseReason.DRAIN_TIMEOUT, why)
 
     # World: what connections ask for -------------------------------------------------------------
 
-    def now(self) -> float:
-        return time.monotonic()
-
-    def kind_of(self, host: str) -> str:
-        return address_kind(host)
+    now = staticmethod(time.monotonic)
+    kind_of = staticmethod(address_kind)
 
     def opened(self, lane: Lane) -> bool:
         cell = self._cells.active[lane.index]
@@ -288,8 +284,9 @@ class Worker(Sockets):
         stream.close()
 
     def connected(self, seconds: float) -> None:
-        self._row[self._cells.connect_buckets[bucket(seconds)]] += 1
-        self._row[self._cells.connect_sum] += int(seconds * 1_000_000)
+        row, cells = self._row, self._cells
+        row[cells.connect_buckets[bucket(seconds)]] += 1
+        row[cells.connect_sum] += int(seconds * 1_000_000)
 
     def count_header(self, version: str, result: HeaderResult) -> None:
         self._row[self._cells.headers[version, result]] += 1
@@ -307,13 +304,17 @@ class Worker(Sockets):
         self, lane: Lane, life: Record, downstream: Stream, upstream: Stream | None, aborted: bool
     ) -> None:
         """Close, count and log: the last thing that happens to every connection, exactly once."""
-        with contextlib.suppress(OSError):  # it may no longer be connected enough to tell
+        try:  # not contextlib.suppress: 0.5 µs
             life.rtt_us, life.retransmits = rtt_and_retransmits(downstream)
+        except OSError:
+            life.rtt_us = 0  # it is no longer connected enough to tell
+        forget = self.engine.forget
         for stream in (downstream, upstream):
             if stream is not None:
                 if aborted:
                     reset_on_close(stream)
-                self.close(stream)
+                forget(stream)
+                stream.close()
         row, cells = self._row, self._cells
         row[cells.active[lane.index]] -= 1
         row[cells.ended[lane.index][life.reason]] += 1
@@ -325,6 +326,31 @@ class Worker(Sockets):
         if not self._listening:
             self._resume_accepting()
             self._leave_if_done()
+
+
+class Door:
+    """A listening socket, and how many connections are taken from it at a time.
+
+    One, when it has been quiet; twice as many each time that the very next turn finds more. epoll
+    tells again what is left in the queue, so nobody asks an empty one: an accept that finds nothing
+    ends in an exception, 2.5 µs.
+    """
+
+    __slots__ = ("_count", "_turn", "_worker", "lane", "sock")
+
+    def __init__(self, worker: Worker, sock: socket.socket, lane: Lane) -> None:
+        self._worker, self.sock, self.lane = worker, sock, lane
+        self._count = 1
+        self._turn = 0
+
+    def on_event(self, _events: int) -> None:
+        turn = self._worker.engine.turns
+        self._count = min(self._count * 2, _ACCEPT_BATCH) if turn == self._turn + 1 else 1
+        self._turn = turn
+        self._worker.accept(self, self._count)
+
+    def cut(self, reason: CloseReason, detail: str) -> None:
+        """Nothing: no connection of its own."""
 
 
 class Cells:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable, Generator
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from tproxyd.errors import CloseReason, PeerError
 from tproxyd.flow.engine import Engine
-from tproxyd.flow.relay import Limits, Outcome, Relay, reset_on_close
+from tproxyd.flow.relay import Limits, Relay
 from tproxyd.flow.stream import Wait
+from tproxyd.linux import reset_on_close
+from tproxyd.tests.tcpmodel import Outcome
 
 T = TypeVar("T")
 MiB = 1024 * 1024
@@ -30,22 +32,25 @@ class Rig:
 
     def walk(
         self, limits: Limits = NEVER, early: bytes = b"", before: float | None = None
-    ) -> Generator[Any, Any, None]:
-        """As serve() does: wait, relay, and close, by RST unless both sides ended in order."""
-        outcome = Outcome(CloseReason.INTERNAL, "the walk failed", 0, 0, aborted=True)
+    ) -> Generator[Wait, bool, Relay | None]:
+        """As serve() does: wait, and end in the relay."""
         try:
             if before is not None:
                 yield Wait(self.downstream, before)
-            outcome = yield Relay(self.downstream, self.upstream, early, limits)
         except PeerError as error:
-            outcome = Outcome(error.reason, error.detail, 0, 0, aborted=True)
-        finally:
-            for stream in (self.downstream, self.upstream):
-                if outcome.aborted:
-                    reset_on_close(stream)
-                self.engine.forget(stream)
-                stream.close()
-            self.outcome.set_result(outcome)
+            self.end(Outcome(error.reason, error.detail, 0, 0, aborted=True))
+            return None
+        self.relay = Passage(self, early, limits)
+        return self.relay
+
+    def end(self, outcome: Outcome) -> None:
+        """Close, by RST unless both sides ended in order."""
+        for stream in (self.downstream, self.upstream):
+            if outcome.aborted:
+                reset_on_close(stream)
+            self.engine.forget(stream)
+            stream.close()
+        self.outcome.set_result(outcome)
 
     def run(self, scene: Awaitable[T]) -> T:
         return run(self.loop, scene)
@@ -68,6 +73,15 @@ class Rig:
     def close(self) -> None:
         self.client.close()
         self.app.close()
+
+
+class Passage(Relay):
+    def __init__(self, rig: Rig, early: bytes, limits: Limits) -> None:
+        super().__init__(rig.downstream, rig.upstream, early, limits)
+        self.rig = rig
+
+    def finished(self, reason: CloseReason, detail: str, aborted: bool) -> None:
+        self.rig.end(Outcome.of(self, reason, detail, aborted))
 
 
 def pair(server: socket.socket) -> tuple[socket.socket, socket.socket]:

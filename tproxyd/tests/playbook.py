@@ -35,10 +35,11 @@ from tproxyd.flow.connect import rotate
 from tproxyd.flow.connection import Lane, serve
 from tproxyd.flow.proxyproto import encode_v2
 from tproxyd.flow.record import Record
-from tproxyd.flow.relay import Limits, Outcome, Relay
+from tproxyd.flow.relay import Limits
 from tproxyd.flow.stream import Bytes, Stream, Wait
 from tproxyd.flow.tally import HeaderResult, PortCause
 from tproxyd.flow.tlv import Tlv
+from tproxyd.tests.tcpmodel import Outcome
 
 Result = TypeVar("Result")
 
@@ -150,6 +151,9 @@ class FakeStream:
     def shutdown(self, how: int) -> None:
         raise AssertionError("the walk itself shuts nothing down")
 
+    def setblocking(self, flag: bool) -> None:
+        raise AssertionError("the walk itself sets no mode")
+
     def close(self) -> None:
         self._open()
         self.closed = True
@@ -215,10 +219,22 @@ class Playbook:
 
     def play(self) -> Record:
         """The whole life of a connection; what is on record of it."""
-        self.drive(serve(self.client, self.peer, self.lane, self))
+        self.drive(self._serve())
         assert len(self.lives) == 1, f"{len(self.lives)} records"
         assert all(stream.closed for stream in self.streams), "a stream was left open"
         return self.lives[0]
+
+    def _serve(self) -> Generator[Any, Any, None]:
+        relay = yield from serve(self.client, self.peer, self.lane, self)
+        if relay is not None:
+            assert (relay.up.source, relay.down.source) == (self.client, self.streams[-1])
+            assert relay._limits is self.lane.limits
+            early = relay.up.rest
+            assert isinstance(early, bytes)
+            assert self.speaks == bool(early), "the handshake's ACK waits for bytes, or does not"
+            answer = self.call(f"relay, first {early!r}" if early else "relay")
+            relay.up.delivered, relay.down.delivered = answer.received, answer.sent
+            relay.finished(answer.reason, answer.detail, answer.aborted)
 
     def drive(self, walk: Generator[Any, Any, Result]) -> Result:
         """Any part of a walk; its result."""
@@ -244,14 +260,7 @@ class Playbook:
             result: Result = end.value
             return result
 
-    def _answer(self, yielded: Wait | Relay) -> object:
-        if isinstance(yielded, Relay):
-            assert yielded._downstream is self.client
-            assert yielded._upstream is self.streams[-1]
-            assert yielded._limits is self.lane.limits
-            early = bytes(yielded.up.rest)
-            assert self.speaks == bool(early), "the handshake's ACK waits for bytes, or does not"
-            return self.call(f"relay, first {early!r}" if early else "relay")
+    def _answer(self, yielded: Wait) -> object:
         stream, deadline = yielded
         assert isinstance(stream, FakeStream)
         answer = self.call(f"wait for {stream.name} until {deadline:g}")

@@ -19,12 +19,15 @@ import select
 import socket
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-from tproxyd.flow.relay import Relay
-from tproxyd.flow.stream import Bytes
+from tproxyd.errors import CloseReason
+from tproxyd.flow.pipes import Pipe
+from tproxyd.flow.relay import Direction, Relay
+from tproxyd.flow.stream import Bytes, Stream
 
 BUFFER = 16  # so that every way round a buffer is gone in a few steps
+PIPE = 24  # neither a multiple nor a fraction of it
 IN, OUT, HUP, ERR = select.EPOLLIN, select.EPOLLOUT, select.EPOLLHUP, select.EPOLLERR
 RDHUP = select.EPOLLRDHUP
 BLOCKED = BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
@@ -33,6 +36,20 @@ BLOCKED = BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 def payload(position: int, size: int) -> bytes:
     """The bytes that belong at this position of a stream: 251 is prime, so no buffer fits it."""
     return bytes((position + i) % 251 for i in range(size))
+
+
+class Outcome(NamedTuple):
+    """What a relay says when it is over, and the bytes that it has delivered."""
+
+    reason: CloseReason
+    detail: str
+    received: int  # from downstream
+    sent: int  # to downstream
+    aborted: bool
+
+    @classmethod
+    def of(cls, relay: Relay, reason: CloseReason, detail: str, aborted: bool) -> Outcome:
+        return cls(reason, detail, relay.up.delivered, relay.down.delivered, aborted)
 
 
 class Net:
@@ -64,6 +81,7 @@ class FakeTcp:
         self.interest = 0  # what epoll was asked to tell; HUP and ERR it always tells
         self.held = 0  # of the outbox: sent with MSG_MORE, waits for more
         self.closed = False  # by the walk, when the relay is over
+        self.lies = False  # the next splice says "end" where there is none: an urgent byte
 
     # The far end -------------------------------------------------------------------------------
 
@@ -197,24 +215,56 @@ class FakeTcp:
     def fileno(self) -> int:
         return self.number
 
+    def setblocking(self, flag: bool) -> None:
+        assert not flag
+
     def _never(self, *_: object) -> Any:  # noqa: ANN401
         raise AssertionError("a relay does not do this")
 
     getsockname = bind = connect_ex = close = _never
 
 
-class FakeDriver:
-    """The engine as a relay sees it."""
+class FakePipe(Pipe):
+    """As splice(2) with a pipe between two sockets behaves."""
 
-    def __init__(self, *streams: FakeTcp) -> None:
+    def __init__(self) -> None:
+        self.held = 0
+        self._bytes = b""
+
+    def fill(self, source: Stream) -> int:
+        assert isinstance(source, FakeTcp)
+        assert not self.held
+        if source.lies:
+            source.lies = False
+            return 0
+        view = memoryview(bytearray(PIPE))
+        self.held = source.recv_into(view, PIPE, socket.MSG_DONTWAIT)
+        self._bytes = bytes(view[: self.held])
+        return self.held
+
+    def drain(self, sink: Stream) -> int:
+        sent = sink.send(self._bytes, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        self._bytes = self._bytes[sent:]
+        self.held -= sent
+        return sent
+
+    def close(self) -> None:
+        raise AssertionError("a relay gives back what was lent to it")
+
+
+class FakeDriver:
+    """The engine as a relay sees it, with so many pipes."""
+
+    def __init__(self, *streams: FakeTcp, pipes: int) -> None:
         self.view = memoryview(bytearray(BUFFER))
         self.now = 0.0
         self.streams = streams
-        self.handlers: dict[FakeTcp, Callable[[int], None]] = {}
+        self.handlers: dict[FakeTcp, Direction] = {}
+        self.pipes: list[Pipe] = [FakePipe() for _ in range(pipes)]
         self.tasks: deque[Callable[[], None]] = deque()
         self.due: float | None = None
 
-    def watch(self, stream: Any, handler: Callable[[int], None]) -> bool:  # noqa: ANN401
+    def watch(self, stream: Any, handler: Direction) -> bool:  # noqa: ANN401
         first = not stream.interest
         self.handlers[stream] = handler
         if first:
@@ -231,3 +281,14 @@ class FakeDriver:
 
     def set_timer(self, item: Relay, due: float) -> None:
         self.due = due
+
+    def cancel_timer(self, item: Relay) -> None:
+        self.due = None
+        item.timer = None
+
+    def lease_pipe(self) -> Pipe | None:
+        return self.pipes.pop() if self.pipes else None
+
+    def return_pipe(self, pipe: Pipe) -> None:
+        assert pipe not in self.pipes, "given back twice"
+        self.pipes.append(FakePipe())

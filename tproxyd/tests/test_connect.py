@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tproxyd.addr import Client, Endpoint, Upstream
 from tproxyd.errors import UpstreamError
-from tproxyd.flow.connect import Dialled, Sockets, dial, rotate, source_ports
+from tproxyd.flow.connect import ATTEMPTS, Dialled, Sockets, dial, rotate, source_port
 from tproxyd.flow.policy import Plan
 from tproxyd.linux import (
     CAP_NET_RAW,
@@ -33,7 +33,13 @@ TCP_ESTABLISHED, TCP_TIME_WAIT, TCP_CLOSE_WAIT = 1, 6, 8
 
 PLAN = Plan(Client(PEER), Upstream(APP), spoof=True)
 OWN = Plan(Client(PEER), Upstream(APP), spoof=False)
-PORTS = list(source_ports(PEER.port))
+
+
+def source_ports(client_port: int) -> list[int]:
+    return [source_port(client_port, attempt) for attempt in range(ATTEMPTS)]
+
+
+PORTS = source_ports(PEER.port)
 FIRST, SECOND = (f"{PEER.host}:{port}" for port in PORTS[:2])
 
 
@@ -91,7 +97,7 @@ def test_privileged_ports_rotate_into_the_unprivileged() -> None:
 
 @given(st.integers(1, 65535))
 def test_what_is_tried(client_port: int) -> None:
-    ports = list(source_ports(client_port))
+    ports = source_ports(client_port)
     own = list(takewhile(bool, ports))
     assert own[0] == rotate(client_port)
     assert client_port not in own
@@ -145,7 +151,7 @@ def test_the_kernel_chooses_at_last() -> None:
     for port in PORTS[:8]:
         source = f"{PEER.host}:{port}"
         book << tried(source, errno.EADDRNOTAVAIL, "count port not_available")
-    book << "count port kernel_choice" << "socket IPv4 as client" << "leave the port to connect"
+    book << "socket IPv4 as client" << "count port kernel_choice" << "leave the port to connect"
     dialled = dialling(PLAN, book << f"bind {PEER.host}:0" << f"connect {APP}" >> 0)
     assert dialled.source == Endpoint(PEER.host, KERNEL_PORT)
 
@@ -278,7 +284,6 @@ def test_a_spoofed_socket(host: str, sockets: Sockets) -> None:
         assert sock.getsockname()[0] == foreign
         assert sock.getsockopt(socket.SOL_SOCKET, SO_MARK) == 0x539
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
-        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         assert not sock.getblocking()
         assert not os.get_inheritable(sock.fileno())
@@ -287,7 +292,6 @@ def test_a_spoofed_socket(host: str, sockets: Sockets) -> None:
 def test_a_socket_of_the_proxys_own(host: str, sockets: Sockets) -> None:
     with closing(sockets.upstream_socket(":" in host, spoof=False)) as sock:
         assert sock.getsockopt(socket.SOL_SOCKET, SO_MARK) == 0
-        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 

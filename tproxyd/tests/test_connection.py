@@ -15,7 +15,6 @@ from tproxyd.config import LARGEST_HEADER
 from tproxyd.errors import CloseReason
 from tproxyd.flow.connect import rotate
 from tproxyd.flow.proxyproto import V2_SIGNATURE, encode_v2
-from tproxyd.flow.relay import Outcome
 from tproxyd.flow.tlv import Tlv
 from tproxyd.tests.playbook import (
     APP,
@@ -34,6 +33,7 @@ from tproxyd.tests.playbook import (
     Playbook,
     dials,
 )
+from tproxyd.tests.tcpmodel import Outcome
 
 # Peers that nobody trusts -------------------------------------------------------------------------
 

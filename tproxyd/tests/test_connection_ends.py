@@ -231,7 +231,7 @@ def test_every_source_port_is_taken() -> None:
         book >> OSError(errno.EADDRINUSE, "in use") << "close upstream" << "count port in_use"
         port = 1024 + (port - 1024 + 39869) % 64512
     for _ in range(3):
-        book << "count port kernel_choice" << "socket IPv4 as client" << "leave the port to connect"
+        book << "socket IPv4 as client" << "count port kernel_choice" << "leave the port to connect"
         book << f"bind {PEER.host}:0" << f"connect {APP}" >> errno.EADDRNOTAVAIL
         book << "close upstream" << "count port not_available"
     life = (book << "end client by RST: no_source_port").play()

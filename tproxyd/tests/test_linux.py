@@ -203,3 +203,14 @@ def test_round_trips() -> None:
         rtt, retransmits = rtt_and_retransmits(client)
         assert 0 < rtt <= (time.monotonic() - began) * 1_000_000  # the connection is no older
         assert retransmits == 0
+
+
+def test_reset_on_close() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        ours = socket.create_connection(server.getsockname())
+        theirs, _ = server.accept()
+        with theirs:
+            linux.reset_on_close(ours)
+            ours.close()
+            with pytest.raises(ConnectionResetError):
+                theirs.recv(1)

@@ -7,10 +7,10 @@ the file descriptor before.
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import pytest
 from hypothesis import example, given, settings
@@ -18,134 +18,18 @@ from hypothesis import strategies as st
 
 from tproxyd.errors import CloseReason
 from tproxyd.flow import relay as relay_module
-from tproxyd.flow.relay import Limits, Outcome, Relay, receive, reset_on_close
-from tproxyd.tests.tcpmodel import (
-    BUFFER,
-    ERR,
-    HUP,
-    IN,
-    OUT,
-    RDHUP,
-    FakeDriver,
-    FakeTcp,
-    Net,
-    payload,
-)
-
-LIMITS = Limits(idle_s=100.0, half_close_s=10.0)
-
-
-class Play:
-    """One relay between two fake connections, and the laws that hold for it at any time."""
-
-    def __init__(self, early: bytes = b"", window: int = 40, limits: Limits = LIMITS) -> None:
-        self.net = Net()
-        self.client = FakeTcp(self.net, "client", 10, window)
-        self.app = FakeTcp(self.net, "app", 11, window)
-        self.driver = FakeDriver(self.client, self.app)
-        self.early = early
-        self.client.far_sent = len(early)  # read by the walk, behind the header
-        self.relay = Relay(self.client, self.app, early, limits)
-        self.outcomes: list[Outcome] = []
-
-    def start(self) -> None:
-        self.relay.start(self.driver, self.finished)
-        self.check()
-
-    def finished(self, outcome: Outcome) -> None:
-        self.outcomes.append(outcome)
-        self.client.closed = self.app.closed = True
-
-    @property
-    def over(self) -> bool:
-        return bool(self.outcomes)
-
-    def poll(self, order: int = 0) -> None:
-        """One epoll_wait, and the events it returned."""
-        streams = [self.client, self.app][:: -1 if order else 1]
-        batch = [(each, each.told()) for each in streams if each.ready]
-        for stream, _ in batch:
-            stream.ready = False
-        for stream, events in batch:
-            self.event(stream, events)
-        for _ in range(len(self.driver.tasks)):
-            self.driver.tasks.popleft()()
-        self.check()
-
-    def event(self, stream: FakeTcp, events: int) -> None:
-        """The engine forgets the handlers of a relay that is over, so it never sees these."""
-        if events and not self.over and stream in self.driver.handlers:
-            self.driver.handlers[stream](events)
-        self.check()
-
-    def settle(self) -> None:
-        """Both far ends read all there is, until nothing happens any more. No timer helps."""
-        for _ in range(10_000):
-            if self.over:
-                self.client.held = self.app.held = 0  # close() lets everything go
-            self.net.syscall()
-            self.client.far_read(1_000_000)
-            self.app.far_read(1_000_000)
-            if not (self.client.ready or self.app.ready or self.driver.tasks):
-                if not self.net.meanwhile:
-                    return
-                continue
-            if not self.over:
-                self.poll()
-                continue
-            return
-        raise AssertionError("it never settles")
-
-    def check(self) -> None:
-        assert len(self.outcomes) <= 1, "it ended twice"
-        for way in (self.relay.up, self.relay.down):
-            assert len(way.rest) <= max(BUFFER, len(self.early)), "more than a buffer is held"
-        self._check_fin(self.client, self.app)
-        self._check_fin(self.app, self.client)
-
-    def _check_fin(self, sender: FakeTcp, receiver: FakeTcp) -> None:
-        if receiver.fin:
-            what = f"{receiver.name} was told of an end that {sender.name} never said"
-            assert sender.far_fin, what
-            held = receiver.far_got + len(receiver.outbox)
-            assert held == sender.far_sent or receiver.far_rst, "FIN came before the last byte"
-
-
-@dataclass(frozen=True)
-class Op:
-    who: str  # "client", "app": the far end acts; "poll", "stale"
-    what: str = ""
-    size: int = 0
-    meanwhile: bool = False  # at the relay's next system call, not now
-
-    def __call__(self, play: Play) -> None:
-        if self.who == "poll":
-            play.poll(self.size)
-        elif self.who == "stale":
-            play.event(play.client if self.what == "client" else play.app, self.size)
-        elif self.meanwhile:
-            play.net.meanwhile.append(lambda: self.act(play))
-        else:
-            self.act(play)
-
-    def act(self, play: Play) -> None:
-        if play.over:
-            return
-        far = play.client if self.who == "client" else play.app
-        match self.what:
-            case "write":
-                far.far_write(self.size)
-            case "read":
-                far.far_read(self.size)
-            case "fin":
-                far.far_finish()
-            case "rst":
-                far.far_reset()
-
+from tproxyd.flow.pipes import Pipe
+from tproxyd.flow.relay import Direction, Limits
+from tproxyd.tests.relayplay import Op, Play
+from tproxyd.tests.tcpmodel import BUFFER, ERR, HUP, IN, OUT, PIPE, RDHUP, payload
 
 sides = st.sampled_from(["client", "app"])
 moves = st.builds(
-    Op, sides, st.sampled_from(["write", "write", "read"]), st.integers(1, 150), st.booleans()
+    Op,
+    sides,
+    st.sampled_from(["write", "write", "read", "write", "read", "lie"]),
+    st.integers(1, 150),
+    st.booleans(),
 )
 fins = st.builds(Op, sides, st.just("fin"), st.just(0), st.booleans())
 resets = st.builds(Op, sides, st.just("rst"), st.just(0), st.booleans())
@@ -161,23 +45,33 @@ starts = st.tuples(
     st.sampled_from([1, 5, 16, 40, 100, 400]),  # window, both ways
     st.booleans(),  # the client's socket was watched before, and its edges are spent
     st.booleans(),  # likewise the upstream's
+    st.integers(0, 2),  # pipes
 )
-Start = tuple[int, int, bool, bool]
+Start = tuple[int, int, bool, bool, int]
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _small_buffer() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(relay_module, "BUFFER_SIZE", BUFFER)
+        patch.setattr(relay_module, "BULK_SIZE", 20)
         yield
 
 
+class Deaf(Direction):
+    def __init__(self) -> None:
+        pass
+
+    def on_event(self, events: int) -> None:
+        pass
+
+
 def begun(start: Start, before: list[Op]) -> Play:
-    early, window, *watched = start
-    play = Play(payload(0, early), window)
+    early, window, *watched, pipes = start
+    play = Play(payload(0, early), window, pipes=pipes)
     for stream, was in zip((play.client, play.app), watched, strict=True):
         if was:
-            play.driver.watch(stream, lambda _events: None)
+            play.driver.watch(stream, Deaf())
     for op in before:
         op(play)
     play.client.ready = play.app.ready = False
@@ -188,7 +82,7 @@ def begun(start: Start, before: list[Op]) -> Play:
 @settings(max_examples=250, deadline=None)
 @given(starts, orderly, orderly)
 @example(  # told of an end that does not come: what waits for it in the kernel fills the window
-    (0, 1, False, False),
+    (0, 1, False, False, 1),
     [],
     [
         Op("app", "write", 1),
@@ -225,7 +119,7 @@ def test_every_byte_arrives_once_and_in_order(
 @settings(max_examples=250, deadline=None)
 @given(starts, rough, rough)
 @example(  # the application closed for good, and a late byte of the client made it say so
-    (0, 40, False, False),
+    (0, 40, False, False, 1),
     [],
     [
         Op("app", "fin"),
@@ -236,17 +130,17 @@ def test_every_byte_arrives_once_and_in_order(
     ],
 )
 @example(  # the client has come and gone while its header was awaited: its edges are spent
-    (0, 40, True, False),
+    (0, 40, True, False, 1),
     [Op("client", "fin"), Op("client", "rst")],
     [],
 )
 @example(  # likewise the application, while it was connected to
-    (0, 40, False, True),
+    (0, 40, False, True, 1),
     [Op("app", "fin"), Op("app", "rst")],
     [],
 )
 @example(  # its end, and its RST, come behind more than one turn's worth of bytes
-    (0, 100, False, False),
+    (0, 100, False, False, 1),
     [],
     [
         Op("client", "write", 4 * BUFFER),
@@ -306,7 +200,7 @@ def test_the_last_bytes_leave_with_the_fin() -> None:
     play.client.far_finish()
     sent: list[int] = []
     send = play.app.send
-    play.relay.up.write = lambda data, flags: sent.append(flags) or send(data, flags)  # type: ignore[func-returns-value]
+    play.app.send = lambda data, flags: sent.append(flags) or send(data, flags)  # type: ignore[func-returns-value, method-assign]
     play.poll()
     assert [bool(flags & socket.MSG_MORE) for flags in sent] == [True]
     assert (play.app.fin, play.app.held, len(play.app.outbox)) == (True, 0, 5)
@@ -436,21 +330,74 @@ def test_an_error_that_is_no_reset_says_what_it_was() -> None:
     assert play.outcomes[0][:2] == (CloseReason.UPSTREAM_RESET, os.strerror(errno.ETIMEDOUT))
 
 
-def test_a_bulk_stream_takes_turns() -> None:
-    """Four buffers at a time; the rest in later turns, without another event."""
-    play = Play(window=400)
+@pytest.mark.parametrize(("pipes", "first", "later"), [(0, 4 * BUFFER, 4 * BUFFER), (1, 64, 48)])
+def test_a_bulk_stream_takes_turns(pipes: int, first: int, later: int) -> None:
+    """Four buffers at a time; or one, which shows that it is a bulk stream, and two pipes from then
+    on. The rest in later turns, without another event.
+    """
+    assert (first, later) == ((BUFFER + 2 * PIPE, 2 * PIPE) if pipes else (64, 64))
+    play = Play(window=400, pipes=pipes)
     play.start()
     play.client.far_write(400)
     events = play.client.told()
     play.client.ready = False
     play.event(play.client, events)
-    assert len(play.app.outbox) == 4 * BUFFER
+    assert len(play.app.outbox) == first
     assert len(play.driver.tasks) == 1
     play.poll()
-    assert len(play.app.outbox) == 8 * BUFFER
+    assert len(play.app.outbox) == first + later
     while play.driver.tasks:
         play.poll()
     assert len(play.app.outbox) == 400
+
+
+def test_a_bulk_stream_that_is_none_any_more_is_copied() -> None:
+    """It is judged by what the last turn moved; and what splice could not see is found by recv."""
+    play = Play(window=400)
+    play.start()
+    play.client.far_write(BUFFER + 3 * PIPE)
+    play.poll()
+    assert play.relay.up.bulk
+    play.client.far_write(12)
+    play.client.lies = True
+    play.poll()
+    assert len(play.app.outbox) == 100
+    assert not play.relay.up.bulk
+
+
+def test_a_stalled_bulk_stream_keeps_its_pipe() -> None:
+    """And no more than that; when it is cut, the pipe is back."""
+    play = Play(window=200)
+    play.app.window = 50
+    play.start()
+    for _ in range(10):
+        play.client.far_write(1000)
+        play.poll()
+    assert isinstance(play.relay.up.rest, Pipe)
+    assert play.driver.pipes == []
+    play.relay.cut(CloseReason.DRAIN_TIMEOUT)
+    play.check()
+    assert len(play.driver.pipes) == 1
+
+
+def test_its_memory_is_free_when_it_is_over() -> None:
+    """Nothing of it points at itself: no collector has to run."""
+    gc.collect()
+    gc.disable()
+    try:
+        play = Play()
+        play.start()
+        play.client.far_write(5)
+        play.poll()
+        play.client.far_finish()
+        play.app.far_finish()
+        play.poll()
+        assert play.over
+        play.driver.handlers.clear()
+        del play.relay
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
 
 
 # Deadlines ----------------------------------------------------------------------------------------
@@ -495,30 +442,3 @@ def test_never_idle() -> None:
     play.client.far_finish()
     play.poll()
     assert play.driver.due == 10.0  # but half-closed is another matter
-
-
-# Small parts --------------------------------------------------------------------------------------
-
-
-def test_receive() -> None:
-    view = memoryview(bytearray(8))
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        assert receive(ours, view, 8) is None
-        theirs.send(b"abc")
-        assert receive(ours, view, 2) == 2
-        assert bytes(view[:2]) == b"ab"
-        theirs.close()
-        assert receive(ours, view, 8) == 1
-        assert receive(ours, view, 8) == 0
-
-
-def test_reset_on_close() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        ours = socket.create_connection(server.getsockname())
-        theirs, _ = server.accept()
-        with theirs:
-            reset_on_close(ours)
-            ours.close()
-            with pytest.raises(ConnectionResetError):
-                theirs.recv(1)

@@ -30,7 +30,6 @@ from tproxyd.config import Config, HeaderPolicy, Listener, ProxyProtocol
 from tproxyd.errors import KernelError
 from tproxyd.flow import listen
 from tproxyd.flow.connect import rotate
-from tproxyd.flow.relay import reset_on_close
 from tproxyd.flow.tally import (
     ACCEPT_PAUSES,
     ACTIVE,
@@ -41,7 +40,7 @@ from tproxyd.flow.tally import (
     Layout,
     Metric,
 )
-from tproxyd.linux import CAP_NET_RAW, capabilities
+from tproxyd.linux import CAP_NET_RAW, capabilities, reset_on_close
 from tproxyd.proc import child, worker
 from tproxyd.proc.counters import Page
 
