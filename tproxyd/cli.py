@@ -107,6 +107,9 @@ def _arguments() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     config = read_config(args.config)
+    from tproxyd.proc import startup
+
+    startup.do_without_openssl()  # which importing the supervisor would load
     from tproxyd.proc import supervisor
 
     supervisor.serve(config, install=args.install)

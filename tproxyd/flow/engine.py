@@ -25,7 +25,7 @@ import select
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from typing import Any, Protocol
 
 from tproxyd.errors import CloseReason, PeerError
@@ -77,7 +77,7 @@ class Engine:
         self._poll = self._epoll.poll
         self._register = self._epoll.register
         self._handlers: list[Handler | None] = [None] * 1024
-        self._again: deque[Callable[[], None]] = deque()
+        self._again: deque[Direction] = deque()
         self._turn_asked = False
         self._timers = Timers(loop, self)
         self.set_timer, self.cancel_timer = self._timers.set, self._timers.cancel
@@ -114,18 +114,18 @@ class Engine:
                 except Exception as error:
                     end_by_bug(handler, error)
         for _ in range(leftover):
-            task = again.popleft()
+            way = again.popleft()
             try:
-                task()
+                way.go_on()
             except Exception as error:
-                end_by_bug(getattr(task, "__self__", None), error)
+                end_by_bug(way, error)
         if again:
             self._ask_for_turn()
         return bool(batch or leftover)
 
-    def again(self, task: Callable[[], None]) -> None:
-        """Run `task` in the next turn, behind the events that wait by then."""
-        self._again.append(task)
+    def again(self, way: Direction) -> None:
+        """Let it go on in the next turn, behind the events that wait by then."""
+        self._again.append(way)
         self._ask_for_turn()
 
     def _ask_for_turn(self) -> None:

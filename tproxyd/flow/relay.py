@@ -34,7 +34,6 @@ from __future__ import annotations
 import errno
 import select
 import socket
-from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from tproxyd.errors import CloseReason
@@ -46,8 +45,8 @@ from tproxyd.flow.stream import Stream
 BUFFER_SIZE = 256 * 1024
 TURN_READS = 4
 TURN_FILLS = 2  # the same share of a turn, a mebibyte, by pipe
-# What a turn by pipe must have moved for the next one to go that way too. Not measured: a few pages
-# are where handing them over gets cheaper than copying them.
+# What a burst must have moved for the next one to go by pipe too. Not measured: a few pages are
+# where handing them over gets cheaper than copying them.
 BULK_SIZE = 32 * 1024
 
 # Plain integers: an operation on the socket module's own flags makes an enum member, 3 µs.
@@ -76,7 +75,7 @@ class Driver(Protocol):
 
     def watch(self, stream: Stream, handler: Direction) -> bool: ...
     def watch_for_room(self, stream: Stream) -> None: ...
-    def again(self, task: Callable[[], None]) -> None: ...
+    def again(self, way: Direction) -> None: ...
     def set_timer(self, item: Relay, due: float) -> None: ...
     def cancel_timer(self, item: Relay) -> None: ...
     def lease_pipe(self) -> Pipe | None: ...
@@ -90,21 +89,34 @@ class Direction:
     is over; then they are parted, so that no collector has to look for them.
     """
 
-    __slots__ = ("back", "bulk", "delivered", "ended", "relay", "rest", "source", "stop_reading")
+    __slots__ = (
+        "back",
+        "bulk",
+        "delivered",
+        "ended",
+        "queued",
+        "relay",
+        "rest",
+        "source",
+        "stop_reading",
+    )
 
     back: Direction
 
     def __init__(self, relay: Relay, source: Stream, rest: bytes) -> None:
-        self.relay = relay
+        self.relay: Relay | None = relay  # None: it is over
         self.source = source
         self.rest: memoryview | bytes | Pipe = rest  # read, not yet delivered
         self.delivered = 0
-        self.bulk = False
+        self.bulk = 0  # of a bulk stream: what this burst has moved, 1 at least
+        self.queued = False  # for another turn
         self.stop_reading = False  # EOF was read
         self.ended = False  # EOF was read and everything delivered
 
     def on_event(self, events: int) -> None:
         relay = self.relay
+        if relay is None:
+            return
         relay.last_active = relay.driver.now
         if events & _OUT and self.back.rest:
             relay.flush(self.back)
@@ -114,8 +126,17 @@ class Direction:
             if events & _ERR:
                 relay.check_unread(self)
 
+    def go_on(self) -> None:
+        """Its next turn: it had more than its share to move."""
+        self.queued = False
+        relay = self.relay
+        if relay is not None and not self.rest:
+            relay.pump(self, thorough=True)
+            relay.check_unread(self)
+
     def cut(self, reason: CloseReason, detail: str) -> None:
-        self.relay.cut(reason, detail)
+        if self.relay is not None:
+            self.relay.cut(reason, detail)
 
 
 class Relay:
@@ -127,7 +148,6 @@ class Relay:
     __slots__ = (
         "_first",
         "_limits",
-        "_queued",
         "_torn",
         "down",
         "driver",
@@ -147,7 +167,6 @@ class Relay:
         self._limits = limits
         self._first: Direction | None = None  # the one that ended first
         self._torn: Direction | None = None  # the one that has no end, only an RST
-        self._queued = False
         self.over = False
         self.timer: dict[object, None] | None = None  # engine.Timers' own
 
@@ -222,13 +241,13 @@ class Relay:
                 if not thorough:
                     return
             elif not way.bulk:
-                way.bulk = True
+                way.bulk = n
                 self.up.source.setblocking(False)  # accept left it in that mode (listen.py)
                 if self._by_pipe(way):
                     return
         if held:
             self._let_go(sink)
-        self._go_on_later()
+        self._queue(way)
 
     def _by_pipe(self, way: Direction) -> bool:
         """Move a turn's share by splice; whether that is all for now. If not, recv goes on.
@@ -236,7 +255,7 @@ class Relay:
         recv has the last word on whether there is more, or an end: splice says nothing, and even
         end, where it meets an urgent byte (__tcp_read_sock in net/ipv4/tcp.c).
         """
-        moved, driver = 0, self.driver
+        driver = self.driver
         for _ in range(TURN_FILLS):
             pipe = driver.lease_pipe()
             if pipe is None:
@@ -251,31 +270,23 @@ class Relay:
                 return True
             if n == 0:
                 driver.return_pipe(pipe)
-                way.bulk = moved >= BULK_SIZE
+                way.bulk = 1 if way.bulk >= BULK_SIZE else 0
                 return False
-            moved += n
+            way.bulk += n
             way.rest = pipe
             if not self._deliver(way):
                 return True
-        self._go_on_later()
+        self._queue(way)
         return True
 
     def _let_go(self, sink: Stream) -> None:
         """Send what MSG_MORE holds back: setting TCP_NODELAY anew does that (tcp(7))."""
         sink.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-    def _go_on_later(self) -> None:
-        if not self._queued:
-            self._queued = True
-            self.driver.again(self._continue)
-
-    def _continue(self) -> None:
-        """The next turn of whichever direction had more than its share to move."""
-        self._queued = False
-        for way in (self.up, self.down):
-            if not self.over and not way.rest:
-                self.pump(way, thorough=True)
-                self.check_unread(way)
+    def _queue(self, way: Direction) -> None:
+        if not way.queued:
+            way.queued = True
+            self.driver.again(way)
 
     def flush(self, way: Direction) -> None:
         """Deliver what was left over, then read on: edges were ignored meanwhile."""
@@ -408,4 +419,5 @@ class Relay:
         try:
             self.finished(reason, detail, aborted)
         finally:
-            del up.back, up.relay, down.back, down.relay
+            del up.back, down.back
+            up.relay = down.relay = None

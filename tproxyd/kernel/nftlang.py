@@ -292,13 +292,16 @@ def _parse_action(statements: list[object]) -> Action:
 def _mark_write(key: object, value: object) -> tuple[int, int]:
     """(value, mask) of `key set key & keep | value`: all bits that the result does not keep.
 
-    nft 1.0.6 lists `keep` with the bits of `value` set, which means the same.
+    nft 1.0.6 lists `keep` with the bits of `value` set, which means the same, and leaves it out
+    where that makes it all ones.
     """
     match value:
         case int(full):
             return full, FULL_MASK
         case {"|": [{"&": [old, int(keep)]}, int(bits)]} if old == key:
             return bits, FULL_MASK ^ keep | bits
+        case {"|": [old, int(bits)]} if old == key:
+            return bits, bits
     raise ValueError(value)
 
 

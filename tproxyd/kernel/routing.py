@@ -1,11 +1,11 @@
 """Policy rules, local routes and the sysctl: read and written; the only importer of pyroute2.
 
-pyroute2 is imported on first use, since neither workers nor commands that touch no route should pay
-for it, and in part (`_Pyroute2`). It runs an event loop of its own inside, so nothing here may be
-called where an asyncio loop runs. What is built on:
+What is read is read with netlink.py, what is written goes through pyroute2. That is imported for
+the first write, since it is 10 MB in a process that may only ever look, and in part (`_Pyroute2`);
+it runs an event loop of its own inside, so nothing here may be called where an asyncio loop runs.
+What is built on:
 
-- Ours is what carries one of our protocol numbers (state.py), in every table. The kernel
-  filters the dump of routes (NETLINK_GET_STRICT_CHK, Linux ≥ 4.20): a router may have a million.
+- Ours is what carries one of our protocol numbers (state.py), in every table.
 - A route that somebody else has put at our place is not replaced (NLM_F_EXCL): it would be gone
   after clean. One of ours that only has the other number is replaced, which is atomic.
 - The kernel takes two rules that differ in their protocol number only, or not even in that if they
@@ -27,12 +27,13 @@ import socket
 import sys
 import types
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from tproxyd.errors import KernelError
+from tproxyd.kernel import netlink
 from tproxyd.kernel.desired import Facts, mark_mask
 from tproxyd.kernel.firewall import FULL_MASK, Family
+from tproxyd.kernel.netlink import RTM_DELROUTE, RTM_DELRULE, RTM_GETROUTE, RTM_GETRULE, Item
 from tproxyd.kernel.state import (
     MARK_SYSCTLS,
     NUMBERS,
@@ -56,16 +57,18 @@ _FR_ACT_TO_TBL = 1
 _IFF_UP = 1
 # The metric that IPv6 gives to a route without one (IP6_RT_PRIO_USER, include/linux/ipv6_route.h).
 _METRIC_V6 = 1024
-_ROUTE_ATTRIBUTES = {"RTA_TABLE", "RTA_OIF", "RTA_PRIORITY", "RTA_CACHEINFO", "RTA_PREF"}
-_RULE_ATTRIBUTES = {
-    *("FRA_TABLE", "FRA_PROTOCOL", "FRA_PRIORITY", "FRA_FWMARK", "FRA_FWMASK"),
-    "FRA_SUPPRESS_PREFIXLEN",  # always listed; all ones = not used
+_ROUTE_ATTRIBUTES = {
+    *(netlink.TABLE, netlink.OIF, netlink.PRIORITY),
+    *(netlink.ROUTE_CACHEINFO, netlink.ROUTE_PREF),
 }
-# A dump during which somebody changed a table comes with gaps and says so; then it is repeated.
-_DUMP_ATTEMPTS = 10
-
+_RULE_ATTRIBUTES = {
+    *(netlink.TABLE, netlink.PRIORITY, netlink.RULE_PROTOCOL),
+    *(netlink.RULE_MARK, netlink.RULE_MASK),
+    netlink.RULE_SUPPRESS_PREFIXLEN,  # always listed; all ones = not used
+}
 _HINTS = {
     errno.EPERM: "run it as root, or give it CAP_NET_ADMIN",
+    errno.EAGAIN: "try again",
     errno.EACCES: "run it as root, or give it CAP_NET_ADMIN",
     errno.EROFS: 'set it from outside (docker: --sysctl), or use return_path = "conntrack"',
     errno.EEXIST: "another program's is in its place: remove that, or choose another `table`",
@@ -79,17 +82,18 @@ _NO_FAMILY = (errno.EOPNOTSUPP, errno.EAFNOSUPPORT)
 
 
 class Routing:
-    """One netlink socket, opened on first use, for one reconcile; close it."""
+    """The sockets of one reconcile, opened on first use; close it."""
 
     def __init__(self) -> None:
-        self._socket: Any = None
-        self._read: tuple[list[Any], list[Any]] | None = None  # until something is changed
+        self._netlink: netlink.Netlink | None = None
+        self._pyroute2: Any = None
+        self._read: tuple[list[Item], list[Item]] | None = None  # until something is changed
 
     def close(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
-        self._read = None
+        for each in (self._netlink, self._pyroute2):
+            if each is not None:
+                each.close()
+        self._netlink = self._pyroute2 = self._read = None
 
     def facts(self) -> Facts:
         """What `desired` must know of this machine."""
@@ -134,12 +138,8 @@ class Routing:
                 self._drop(change, "rule", "del", **_rule_arguments(old))
             case PolicyRule() as old, None:
                 self._drop(change, "rule", "del", **_rule_arguments(old))
-            case UnknownRoute() as old, None:
-                match = _first(old, _route)
-                self._drop(change, "flush_routes", family=_AF[old.family], match=match)
-            case UnknownRule() as old, None:
-                match = _first(old, _rule)
-                self._drop(change, "flush_rules", family=_AF[old.family], match=match)
+            case (UnknownRoute() | UnknownRule()) as old, None:
+                self._drop_unknown(change, old)
             case _:
                 raise AssertionError(f"not for routing: {change}")
 
@@ -147,17 +147,17 @@ class Routing:
         """What others have in our way, in sentences: routes in our table, rules for our mark."""
         found: list[str] = []
         ours = mark_mask(mark)
-        for family, address_family in _AF.items():
-            for message in self._dump(family, "route", {"family": address_family, "table": table}):
-                if message["proto"] not in NUMBERS and message.get("table") == table:
-                    where = f"{message.get('dst') or 'default'}/{message['dst_len']}"
+        for family in _AF:
+            for item in self._list(RTM_GETROUTE, family, table=table):
+                if item.protocol not in NUMBERS and item.number(netlink.TABLE) == table:
+                    where = f"{item.address(netlink.DST) or 'default'}/{item.dst_len}"
                     found.append(f"table {table} has another program's IPv{family} route: {where}")
-            for message in self._dump(family, "rule", {"family": address_family}):
-                if message.get("protocol") in NUMBERS:
+            for item in self._list(RTM_GETRULE, family):
+                if item.number(netlink.RULE_PROTOCOL) in NUMBERS:
                     continue
-                at, to = message.get("priority", 0), message.get("table")
+                at, to = item.number(netlink.PRIORITY) or 0, item.number(netlink.TABLE)
                 rule = f"another program's IPv{family} rule at priority {at}"
-                value, mask = message.get("fwmark"), message.get("fwmask", FULL_MASK)
+                value, mask = item.number(netlink.RULE_MARK), _mask(item)
                 if to == table:
                     found.append(f"{rule} sends packets to table {table}")
                 elif value is not None and not (mark ^ value) & mask & ours:
@@ -166,69 +166,96 @@ class Routing:
                     found.append(f"{rule} has the place of ours")
         return tuple(found)
 
-    def _ask(self, action: object, method: str, *words: str, **fields: object) -> list[Any]:
-        """Call a method of pyroute2's socket: the answers, or a KernelError for this action."""
+    def _ask(self, action: object, method: str, *words: str, **fields: object) -> None:
+        """Call a method of pyroute2's socket; KernelError for this action where it is refused."""
         pyroute2 = _pyroute2()
-        if self._socket is None:
-            self._socket = pyroute2.IPRoute(strict_check=True)
+        if self._pyroute2 is None:
+            self._pyroute2 = pyroute2.IPRoute(strict_check=True)
         try:
-            return list(getattr(self._socket, method)(*words, **fields))
+            list(getattr(self._pyroute2, method)(*words, **fields))
         except pyroute2.NetlinkError as error:
-            hint = _HINTS.get(error.code, _NO_HINT)
-            raise KernelError(str(action), os.strerror(error.code), hint) from error
+            raise _refusal(action, OSError(error.code, os.strerror(error.code))) from error
 
     def _drop(self, action: object, method: str, *words: str, **fields: object) -> None:
         """A removal: that it is gone already is what was wanted."""
         try:
             self._ask(action, method, *words, **fields)
         except KernelError as error:
-            if _code(error) not in _GONE:
+            if error.__cause__.code not in _GONE:  # type: ignore[union-attr]
                 raise
 
-    def _ours(self) -> tuple[list[Any], list[Any]]:
-        """Our routes and our rules, as netlink messages."""
+    def _drop_unknown(self, action: object, what: UnknownRoute | UnknownRule) -> None:
+        """The first that reads so: of two equal ones only one goes."""
+        routes, rules = self._ours()
+        is_route = isinstance(what, UnknownRoute)
+        read: Callable[[Item], object] = _route if is_route else _rule
+        found = next((item for item in (routes if is_route else rules) if read(item) == what), None)
+        self._read = None
+        if found is None:
+            return
+        try:
+            kind = RTM_DELROUTE if is_route else RTM_DELRULE
+            self._reader().remove(kind, found)
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise _refusal(action, error) from error
+
+    def _ours(self) -> tuple[list[Item], list[Item]]:
+        """Our routes and our rules, as they are listed."""
         if self._read is not None:
             return self._read
-        routes: list[Any] = []
-        rules: list[Any] = []
+        routes: list[Item] = []
+        rules: list[Item] = []
         for family in _AF:
             for number in NUMBERS:
-                routes += self._dump(family, "route", _of_protocol(family, number))
-            found = self._dump(family, "rule", {"family": _AF[family]})
-            rules += [message for message in found if message.get("protocol") in NUMBERS]
+                found = self._list(RTM_GETROUTE, family, protocol=number)
+                routes += [item for item in found if item.protocol == number]
+            found = self._list(RTM_GETRULE, family)
+            rules += [item for item in found if item.number(netlink.RULE_PROTOCOL) in NUMBERS]
         self._read = routes, rules
         return self._read
 
-    def _dump(self, family: Family, method: str, query: dict[str, object]) -> list[Any]:
-        action = f"read the IPv{family} routes and rules"
-        for _ in range(_DUMP_ATTEMPTS):
-            try:
-                messages = self._ask(action, method, "dump", **query)
-            except _pyroute2().NetlinkDumpInterrupted:
-                continue
-            except KernelError as error:
-                if family == 6 and _code(error) in _NO_FAMILY:
-                    return []
-                raise
-            # A kernel without IPv6 may also answer with what it has of all families.
-            return [message for message in messages if message["family"] == _AF[family]]
-        raise KernelError(action, "they changed under every attempt to read them", "try again")
+    def _list(self, kind: int, family: Family, protocol: int = 0, table: int = 0) -> list[Item]:
+        try:
+            items = self._reader().list(kind, _AF[family], protocol=protocol, table=table)
+        except OSError as error:
+            # There is no such table; or no IPv6.
+            if error.errno in _GONE or (family == 6 and error.errno in _NO_FAMILY):
+                return []
+            raise _refusal(f"read the IPv{family} routes and rules", error) from error
+        # A kernel without IPv6 may also answer with what it has of all families.
+        return [item for item in items if item.family == _AF[family]]
+
+    def _reader(self) -> netlink.Netlink:
+        if self._netlink is None:
+            self._netlink = netlink.Netlink()
+        return self._netlink
 
     def _lo_up(self) -> bool:
-        (link,) = self._ask("look at lo", "link", "get", index=_LO)
-        return bool(link["flags"] & _IFF_UP)
+        try:
+            return bool(self._reader().link_flags(_LO) & _IFF_UP)
+        except OSError as error:
+            raise _refusal("look at lo", error) from error
+
+
+def _refusal(action: object, error: OSError) -> KernelError:
+    hint = _HINTS.get(error.errno or 0, _NO_HINT)
+    return KernelError(str(action), error.strerror or str(error), hint)
+
+
+def prepare() -> None:
+    """Import now what the first write needs."""
+    _pyroute2()
 
 
 def in_host_netns() -> bool:
     """The tables of net.core that are not per namespace exist in the first namespace only."""
-    return Path("/proc/sys/net/core/netdev_max_backlog").exists()
+    return os.path.exists("/proc/sys/net/core/netdev_max_backlog")
 
 
 class _Pyroute2(NamedTuple):
     IPRoute: Any
     NetlinkError: Any
-    NetlinkDumpInterrupted: Any
-    RequestProcessor: Any
 
 
 @functools.cache
@@ -246,41 +273,32 @@ def _pyroute2() -> _Pyroute2:
         sys.modules["pyroute2"] = stand_in
     try:
         from pyroute2.iproute.linux import IPRoute
-        from pyroute2.netlink.exceptions import NetlinkDumpInterrupted, NetlinkError
-        from pyroute2.requests.main import RequestProcessor
+        from pyroute2.netlink.exceptions import NetlinkError
     finally:
         if stand_in is not None:
             del sys.modules["pyroute2"]
-    return _Pyroute2(IPRoute, NetlinkError, NetlinkDumpInterrupted, RequestProcessor)
+    return _Pyroute2(IPRoute, NetlinkError)
 
 
 # Messages and items -------------------------------------------------------------------------------
 
 
-def _of_protocol(family: Family, number: int) -> dict[str, object]:
-    """Asks the kernel for one protocol's routes; pyroute2 would read all and filter by itself."""
-    header = {"family": _AF[family], "proto": number}
-    return {
-        "request_filter": _pyroute2().RequestProcessor(context=header, prime=header),
-        "dump_filter": lambda message: message["proto"] == number,  # where the kernel did not
-    }
-
-
-def _route(message: Any) -> Route | UnknownRoute:  # noqa: ANN401
-    family: Family = 4 if message["family"] == socket.AF_INET else 6
-    table, number = message.get("table"), message["proto"]
+def _route(item: Item) -> Route | UnknownRoute:
+    family: Family = 4 if item.family == socket.AF_INET else 6
+    table, number = item.number(netlink.TABLE) or item.table, item.protocol
     usual = (
-        message["type"] == _RTN_LOCAL
-        and message["dst_len"] == message["src_len"] == message["tos"] == 0
-        and message.get("oif") == _LO
-        and message.get("priority") in (None, _METRIC_V6)
-        and {name for name, _ in message["attrs"]} <= _ROUTE_ATTRIBUTES
+        item.action == _RTN_LOCAL
+        and item.dst_len == item.src_len == item.tos == 0
+        and item.number(netlink.OIF) == _LO
+        and item.number(netlink.PRIORITY) in (None, _METRIC_V6)
+        and item.attributes.keys() <= _ROUTE_ATTRIBUTES
     )
     if usual:
         return Route(family, table, number)
-    where = f"{message.get('dst') or 'default'}/{message['dst_len']}"
-    via = "".join(f" {key} {message.get(key)}" for key in ("gateway", "oif", "priority"))
-    return UnknownRoute(family, f"{where} type {message['type']}{via} table {table} proto {number}")
+    where = f"{item.address(netlink.DST) or 'default'}/{item.dst_len} type {item.action}"
+    via = f"via {item.address(netlink.GATEWAY)} dev {item.number(netlink.OIF)}"
+    metric = f"metric {item.number(netlink.PRIORITY)}"
+    return UnknownRoute(family, f"{where} {via} {metric} table {table} proto {number}")
 
 
 def _route_arguments(route: Route) -> dict[str, object]:
@@ -295,21 +313,27 @@ def _route_arguments(route: Route) -> dict[str, object]:
     }
 
 
-def _rule(message: Any) -> PolicyRule | UnknownRule:  # noqa: ANN401
-    family: Family = 4 if message["family"] == socket.AF_INET else 6
-    mark, table = message.get("fwmark"), message.get("table")
-    priority, number = message.get("priority", 0), message.get("protocol")
+def _rule(item: Item) -> PolicyRule | UnknownRule:
+    family: Family = 4 if item.family == socket.AF_INET else 6
+    mark, table = item.number(netlink.RULE_MARK), item.number(netlink.TABLE) or item.table
+    priority = item.number(netlink.PRIORITY) or 0
+    number = item.number(netlink.RULE_PROTOCOL) or 0
     usual = (
         mark is not None
-        and message["action"] == _FR_ACT_TO_TBL
-        and message["dst_len"] == message["src_len"] == message["tos"] == message["flags"] == 0
-        and message.get("suppress_prefixlen") in (None, FULL_MASK)
-        and {name for name, _ in message["attrs"]} <= _RULE_ATTRIBUTES
+        and item.action == _FR_ACT_TO_TBL
+        and item.dst_len == item.src_len == item.tos == item.flags == 0
+        and item.number(netlink.RULE_SUPPRESS_PREFIXLEN) in (None, FULL_MASK)
+        and item.attributes.keys() <= _RULE_ATTRIBUTES
     )
-    if usual:
-        mask = message.get("fwmask", FULL_MASK)
-        return PolicyRule(family, priority, mark, mask, table, number)
-    return UnknownRule(family, f"priority {priority} {message['attrs']} protocol {number}")
+    if usual and mark is not None:
+        return PolicyRule(family, priority, mark, _mask(item), table, number)
+    more = " ".join(f"{kind}={value.hex()}" for kind, value in sorted(item.attributes.items()))
+    return UnknownRule(family, f"priority {priority} action {item.action} protocol {number} {more}")
+
+
+def _mask(item: Item) -> int:
+    mask = item.number(netlink.RULE_MASK)
+    return FULL_MASK if mask is None else mask
 
 
 def _rule_arguments(rule: PolicyRule) -> dict[str, object]:
@@ -323,42 +347,25 @@ def _rule_arguments(rule: PolicyRule) -> dict[str, object]:
     }
 
 
-def _first(item: object, read: Callable[[Any], object]) -> Callable[[Any], bool]:
-    """A filter for the first message that reads as `item`: of two equal ones only one goes."""
-    seen: list[Any] = []
-
-    def first(message: Any) -> bool:  # noqa: ANN401
-        number = message["proto"] if "proto" in message else message.get("protocol")
-        if seen or number not in NUMBERS or read(message) != item:
-            return False
-        seen.append(message)
-        return True
-
-    return first
-
-
-def _remembered(routes: list[Any], rules: list[Any]) -> frozenset[str]:
+def _remembered(routes: list[Item], rules: list[Item]) -> frozenset[str]:
     """The sysctls of which some item of ours says that they were 0 before us."""
-    numbers = {message["proto"] for message in routes}
-    numbers |= {message.get("protocol") for message in rules}
+    numbers = {item.protocol for item in routes}
+    numbers |= {item.number(netlink.RULE_PROTOCOL) or 0 for item in rules}
     return frozenset(name for number in numbers for name in remembered(number))
-
-
-def _code(error: KernelError) -> int | None:
-    return getattr(error.__cause__, "code", None)
 
 
 # /proc/sys ----------------------------------------------------------------------------------------
 
 
-def _path(name: str) -> Path:
-    return Path("/proc/sys", *name.split("."))
+def _path(name: str) -> str:
+    return f"/proc/sys/{name.replace('.', '/')}"
 
 
 def _value(name: str) -> int:
     """0 where the kernel has no such sysctl."""
     try:
-        return int(_path(name).read_text())
+        with open(_path(name), "rb") as file:
+            return int(file.read())
     except OSError:
         return 0
 
@@ -366,7 +373,7 @@ def _value(name: str) -> int:
 def _writable(name: str) -> bool:
     """Opening says it without a change; access(2) asks for the real user, not the capabilities."""
     path = _path(name)
-    if not path.exists():  # without IPv6: then it is not written either
+    if not os.path.exists(path):  # without IPv6: then it is not written either
         return True
     try:
         os.close(os.open(path, os.O_WRONLY | os.O_CLOEXEC))
@@ -377,11 +384,10 @@ def _writable(name: str) -> bool:
 
 def _write(name: str, value: int) -> None:
     try:
-        _path(name).write_text(f"{value}\n")
+        with open(_path(name), "w", encoding="ascii") as file:
+            file.write(f"{value}\n")
     except OSError as error:
-        why = error.strerror or str(error)
-        hint = _HINTS.get(error.errno or 0, _NO_HINT)
-        raise KernelError(f"set {name}={value}", why, hint) from error
+        raise _refusal(f"set {name}={value}", error) from error
 
 
 def _ipv6() -> bool:
@@ -391,4 +397,4 @@ def _ipv6() -> bool:
     except OSError:
         return False
     name = "net.ipv6.conf.lo.disable_ipv6"
-    return _path(name).exists() and _value(name) == 0
+    return os.path.exists(_path(name)) and _value(name) == 0

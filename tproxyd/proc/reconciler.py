@@ -1,8 +1,10 @@
 """The one process that holds the kernel state: a child of the supervisor, asked over a socketpair.
 
-In a process of its own so that netlink, pyroute2 (130 ms to import, 13 MB) and the use of
+In a process of its own so that netlink, pyroute2 (45 ms to import, 10 MB) and the use of
 CAP_NET_ADMIN are in no worker and not in the supervisor, which must answer signals at once. It
 imports tproxyd.kernel after the fork, while the workers start; nothing else in proc/ ever does.
+pyroute2 only writes (kernel/routing.py), so the process that has installed is let go, and the next
+one, which checks for as long as the daemon lives, imports it no sooner than it has to clean.
 
 Requests and answers are JSON lines, one at a time: install, stop intercepting (no new connection is
 taken; the rules that bring answers home stay), check, clean.
@@ -11,7 +13,7 @@ EOF on its socket means that the supervisor is gone without a farewell. It then 
 the rules where they are**: with nobody listening, intercepted connections are refused, and traffic
 never reaches the application around the proxy. Who wants that says `tproxyd clean`.
 
-It is forked again when a request finds it dead: rules that were installed must be cleanable.
+It is forked again when a request finds none: rules that were installed must be cleanable.
 """
 
 from __future__ import annotations
@@ -83,10 +85,6 @@ def load_kernel(config: Config) -> Kernel:
     """The real one. Called in the child only."""
     from tproxyd.kernel import reconcile
 
-    # Looked at now so that pyroute2, which the first look imports, is there when install is asked.
-    with contextlib.suppress(KernelError):
-        reconcile.check(config)
-
     def do(verb: Verb) -> Report:
         match verb:
             case Verb.INSTALL:
@@ -101,6 +99,15 @@ def load_kernel(config: Config) -> Kernel:
         return Report(report.changed, report.notes, report.differs, report.installed, path)
 
     return do
+
+
+def load_to_install(config: Config) -> Kernel:
+    """The same, when install is what will be asked: with pyroute2 there before that comes."""
+    from tproxyd.kernel import routing
+
+    kernel = load_kernel(config)
+    routing.prepare()
+    return kernel
 
 
 # In the child -----------------------------------------------------------------------------------
@@ -138,12 +145,15 @@ class Reconciler:
         self._told: State | None = None
         self.drifts = 0
 
-    def fork(self) -> None:
-        """Start the child. Called early, so that its imports run beside everything else."""
+    def fork(self, load: Callable[[Config], Kernel] | None = None) -> None:
+        """Start the child. Called early, so that its imports run beside everything else.
+
+        `load` is for this child instead of the usual one.
+        """
         ours, theirs = socket.socketpair()
         with theirs:
             self._pid = child.fork(
-                lambda: serve(theirs, self._config, self._load), keep=(theirs.fileno(),)
+                lambda: serve(theirs, self._config, load or self._load), keep=(theirs.fileno(),)
             )
         ours.setblocking(False)
         self._sock = ours
@@ -169,6 +179,7 @@ class Reconciler:
 
     async def install(self) -> Report:
         report = await self._request(Verb.INSTALL)
+        self._forget()  # that process has pyroute2 in it; the next one only looks, till the end
         self.verdict = Verdict(State.OK, (), report.return_path, time.monotonic())
         self._told = State.OK
         return report

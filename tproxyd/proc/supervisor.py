@@ -36,7 +36,7 @@ from tproxyd.config import Config
 from tproxyd.errors import KernelError
 from tproxyd.flow.tally import ACTIVE, Layout
 from tproxyd.proc import admin, child, counters, status, systemd
-from tproxyd.proc.reconciler import Reconciler, State
+from tproxyd.proc.reconciler import Reconciler, State, load_to_install
 from tproxyd.proc.startup import age_ms, log_to_stderr, open_access_log, raise_file_limit
 
 if TYPE_CHECKING:
@@ -446,7 +446,7 @@ def serve(config: Config, *, install: bool) -> None:
     """`tproxyd run`: returns when stopped by a signal."""
     log_to_stderr()
     kernel = Reconciler(config)
-    kernel.fork()
+    kernel.fork(load_to_install if install else None)
     # uvloop and the data plane, imported only now: its child imports pyroute2 at the same time.
     from tproxyd.flow.listen import open_listeners
     from tproxyd.proc.worker import run

@@ -102,3 +102,16 @@ async def until(state: Callable[[], object]) -> None:
     """Round after round of the loop; `run` gives up after five seconds."""
     while not state():  # noqa: ASYNC110
         await asyncio.sleep(0)
+
+
+class Alarm:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, then: Callable[[float], object] = float
+    ) -> None:
+        self.timer: dict[object, None] | None = None
+        self.rang: asyncio.Future[float] = loop.create_future()
+        self.then = then
+
+    def on_timer(self, now: float) -> None:
+        self.then(now)
+        self.rang.set_result(now)

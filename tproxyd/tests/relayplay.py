@@ -64,7 +64,7 @@ class Play:
         for stream, events in batch:
             self.event(stream, events)
         for _ in range(len(self.driver.tasks)):
-            self.driver.tasks.popleft()()
+            self.driver.tasks.popleft().go_on()
         self.check()
 
     def event(self, stream: FakeTcp, events: int) -> None:

@@ -261,7 +261,7 @@ class FakeDriver:
         self.streams = streams
         self.handlers: dict[FakeTcp, Direction] = {}
         self.pipes: list[Pipe] = [FakePipe() for _ in range(pipes)]
-        self.tasks: deque[Callable[[], None]] = deque()
+        self.tasks: deque[Direction] = deque()
         self.due: float | None = None
 
     def watch(self, stream: Any, handler: Direction) -> bool:  # noqa: ANN401
@@ -276,8 +276,8 @@ class FakeDriver:
         stream.interest |= OUT
         stream.wake()  # and so does EPOLL_CTL_MOD
 
-    def again(self, task: Callable[[], None]) -> None:
-        self.tasks.append(task)
+    def again(self, way: Direction) -> None:
+        self.tasks.append(way)
 
     def set_timer(self, item: Relay, due: float) -> None:
         self.due = due

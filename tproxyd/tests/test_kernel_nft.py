@@ -242,6 +242,12 @@ def test_a_mark_write_keeps_the_other_bits_in_either_spelling(keep: int) -> None
         assert read_rule(write) == Rule((), kind(0x539, 0xFFF))
 
 
+def test_a_mark_write_of_all_ones_has_nothing_to_keep() -> None:
+    for key, kind in ((MARK, SetPacketMark), (CT_MARK, SetConnMark)):
+        write = {"mangle": {"key": key, "value": {"|": [key, 0xFFF]}}}
+        assert read_rule(write) == Rule((), kind(0xFFF, 0xFFF))
+
+
 def test_marks_of_32_bits_have_no_mask() -> None:
     mark = 0xDEAD_BEEF
     matches = match(MARK, mark), match(CT_MARK, mark)

@@ -6,6 +6,7 @@ import itertools
 import os
 import re
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -124,9 +125,11 @@ def test_a_kernel_that_never_answers_is_unknown(monkeypatch: pytest.MonkeyPatch)
 def test_a_reconciler_that_died_is_forked_again_to_clean() -> None:
     with Daemon(install=True) as daemon:
         daemon.wait_ready()
+        daemon.get("/readyz")  # asked of the one that follows the one that has installed
         workers = [each["pid"] for each in daemon.status()["workers"]]
-        (holder,) = (pid for pid in daemon.children() if pid not in workers)
-        os.kill(holder, signal.SIGKILL)
+        while len(holders := set(daemon.children()) - set(workers)) > 1:
+            time.sleep(0.001)
+        os.kill(holders.pop(), signal.SIGKILL)
         daemon.wait_line("the process that holds the kernel state was killed by SIGKILL")
         daemon.signal(signal.SIGTERM)
         said = daemon.rest()
@@ -135,6 +138,25 @@ def test_a_reconciler_that_died_is_forked_again_to_clean() -> None:
             "kernel: stop intercepting",
             "kernel: clean",
         ]
+
+
+def test_who_has_installed_is_let_go_and_another_one_looks() -> None:
+    """What is loaded to install is not held by the process that lives on."""
+
+    def tells_its_process(_: Config) -> Kernel:
+        return lambda _: Report((), (f"process {os.getpid()}",), (f"process {os.getpid()}",))
+
+    with Daemon(load=tells_its_process, install=True) as daemon:
+        first = daemon.wait_line("process").removeprefix("tproxyd: ")
+        daemon.wait_ready()
+        looks = [daemon.status()["kernel"]["detail"] for _ in range(3)]
+        assert looks == [looks[0]] * 3
+        assert looks[0] != [first]
+        process = Path(f"/proc/{first.removeprefix('process ')}")
+        while process.exists():  # it ends, and the supervisor reaps it
+            time.sleep(0.001)
+        daemon.signal(signal.SIGTERM)
+        assert "was killed" not in "".join(daemon.rest())
 
 
 def test_many_who_ask_cause_one_look(monkeypatch: pytest.MonkeyPatch) -> None:

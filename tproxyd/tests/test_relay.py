@@ -275,7 +275,7 @@ def test_a_stalled_reader_costs_one_buffer() -> None:
     for _ in range(100):
         play.client.far_write(1000)
         play.poll()
-    assert play.client.far_sent <= 30 + 30 + BUFFER  # inbox, outbox and what we hold
+    assert play.client.far_sent <= 30 + 30 + PIPE  # inbox, outbox and what we hold
     assert not play.client.far_rst
     play.settle()
     assert play.app.far_got == play.client.far_sent
