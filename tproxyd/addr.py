@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple, NewType
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -33,6 +33,9 @@ class Endpoint(NamedTuple):
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
+
+# Endpoint from a pair (host, port), by the constructor of tuple: 0.1 µs, not 0.3.
+endpoint_of = partial(tuple.__new__, Endpoint)
 
 Peer = NewType("Peer", Endpoint)  # who really connected to us: the far end of the socket
 Client = NewType("Client", Endpoint)  # who it is on behalf of: the peer, or what its header says

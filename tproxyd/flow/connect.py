@@ -46,7 +46,7 @@ import os
 import socket
 from typing import NamedTuple, Protocol
 
-from tproxyd.addr import Endpoint, Source
+from tproxyd.addr import Endpoint, Source, endpoint_of
 from tproxyd.errors import CloseReason, UpstreamError
 from tproxyd.flow.policy import Plan
 from tproxyd.flow.stream import Step, Stream, Wait
@@ -133,7 +133,7 @@ def dial(plan: Plan, deadline: float, network: Network, speaks: bool = False) ->
                 if port == 0:
                     network.count_port_retry(PortCause.KERNEL_CHOICE)
                     network.late_bind(stream)
-                source = Source(Endpoint(client.host, port))
+                source = Source(endpoint_of((client.host, port)))
                 stream.bind(source)
             code = stream.connect_ex(upstream)
             if code == errno.EINPROGRESS:
@@ -189,7 +189,7 @@ def _unfinished(
                 # the application's side is, so then connect knows.
                 code = stream.connect_ex(plan.upstream)
                 return errno.EEXIST if code == errno.EALREADY else code
-        yield Wait(stream, min(deadline, *looks) if looks else deadline)
+        yield Wait(stream, min(deadline, *looks) if looks else deadline, connecting=True)
         code = stream.connect_ex(plan.upstream)
         if code != errno.EALREADY:
             return code

@@ -16,10 +16,10 @@ from __future__ import annotations
 import errno
 import socket
 import sys
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
-from tproxyd.addr import Endpoint, Peer, fold
+from tproxyd.addr import Endpoint, Peer, endpoint_of, fold
 from tproxyd.config import Config, Listener
 from tproxyd.errors import KernelError
 from tproxyd.linux import IP_TRANSPARENT, IPV6_TRANSPARENT, SO_MARK
@@ -99,10 +99,6 @@ def _hint(error: OSError, listener: Listener) -> str:
     return "see tproxyd doctor"
 
 
-# Endpoint(host, port) by the constructor of tuple: 0.1 µs, not 0.3.
-_endpoint = partial(tuple.__new__, Endpoint)
-
-
 def endpoint(address: Any) -> Endpoint:  # noqa: ANN401 - what the socket module returns
     """A socket address as an Endpoint, v4-mapped folded: the one place where that is done.
 
@@ -115,7 +111,7 @@ def endpoint(address: Any) -> Endpoint:  # noqa: ANN401 - what the socket module
             host = fold(host)
         elif address[3]:
             host = f"{host}%{address[3]}"
-    return _endpoint((sys.intern(host), address[1]))
+    return endpoint_of((sys.intern(host), address[1]))
 
 
 # For addresses of which there are few, those of our own side: one object for all.

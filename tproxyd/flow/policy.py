@@ -6,7 +6,7 @@ payload, and it speaks only for itself. An entry's order is the operator's: the 
 A header is only a claim. The addresses it may not name are those with which it could do harm on
 this host: one of our own or loopback (what the application trusts as local), unspecified,
 multicast and broadcast (no host's address), port 0 (no port). Pure: what only the kernel knows of
-an address comes in as `kind_of` (linux.address_kind).
+an address comes in as `kind_of` (linux.AddressKinds).
 """
 
 from __future__ import annotations

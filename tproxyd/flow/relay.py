@@ -43,8 +43,7 @@ from tproxyd.flow.stream import Stream
 # A prototype with this size moved 10-16 Gbit/s in one stream, where direct made 15-19 and HAProxy
 # 10 with 128 KiB and 5-6 with its default. Other sizes were not measured.
 BUFFER_SIZE = 256 * 1024
-TURN_READS = 4
-TURN_FILLS = 2  # the same share of a turn, a mebibyte, by pipe
+TURN_READS = 2  # half a mebibyte, which is also what goes through a pipe in a turn
 # What a burst must have moved for the next one to go by pipe too. Not measured: a few pages are
 # where handing them over gets cheaper than copying them.
 BULK_SIZE = 32 * 1024
@@ -255,28 +254,25 @@ class Relay:
         recv has the last word on whether there is more, or an end: splice says nothing, and even
         end, where it meets an urgent byte (__tcp_read_sock in net/ipv4/tcp.c).
         """
-        driver = self.driver
-        for _ in range(TURN_FILLS):
-            pipe = driver.lease_pipe()
-            if pipe is None:
-                return False
-            try:
-                n = pipe.fill(way.source)
-            except BlockingIOError:
-                n = 0
-            except OSError as error:
-                driver.return_pipe(pipe)
-                self._reset(way, error)
-                return True
-            if n == 0:
-                driver.return_pipe(pipe)
-                way.bulk = 1 if way.bulk >= BULK_SIZE else 0
-                return False
-            way.bulk += n
-            way.rest = pipe
-            if not self._deliver(way):
-                return True
-        self._queue(way)
+        pipe = self.driver.lease_pipe()
+        if pipe is None:
+            return False
+        try:
+            n = pipe.fill(way.source)
+        except BlockingIOError:
+            n = 0
+        except OSError as error:
+            self.driver.return_pipe(pipe)
+            self._reset(way, error)
+            return True
+        if n == 0:
+            self.driver.return_pipe(pipe)
+            way.bulk = 1 if way.bulk >= BULK_SIZE else 0
+            return False
+        way.bulk += n
+        way.rest = pipe
+        if self._deliver(way):
+            self._queue(way)
         return True
 
     def _let_go(self, sink: Stream) -> None:
@@ -414,8 +410,10 @@ class Relay:
         if self.timer is not None:
             self.driver.cancel_timer(self)
         up, down = self.up, self.down
-        self._drop_rest(up)
-        self._drop_rest(down)
+        if up.rest:
+            self._drop_rest(up)
+        if down.rest:
+            self._drop_rest(down)
         try:
             self.finished(reason, detail, aborted)
         finally:

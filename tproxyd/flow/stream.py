@@ -41,6 +41,7 @@ class Wait(NamedTuple):
 
     stream: Stream
     deadline: float
+    connecting: bool = False  # which ends as room to write
 
 
 Step = Generator[Wait, bool, Result]  # a part of the walk that ends with a Result

@@ -53,7 +53,7 @@ from tproxyd.flow.tally import (
 from tproxyd.linux import (
     CAP_NET_RAW,
     CAPABILITY_NAMES,
-    address_kind,
+    AddressKinds,
     become,
     capabilities,
     keep_only,
@@ -142,6 +142,7 @@ class Worker(Sockets):
         # is an error at the start, not one per connection.
         self.upstream_socket(v6=False, spoof=True).close()
         self._spec, self._loop = spec, loop
+        self._kinds = AddressKinds()
         self.engine = Engine(loop)
         self.view = self.engine.view
         config = spec.config
@@ -183,6 +184,7 @@ class Worker(Sockets):
         if self._log is not None:
             self._log.flush()
         self.engine.close()
+        self._kinds.close()
         super().finish()
 
     # Accepting ---------------------------------------------------------------------------------
@@ -269,7 +271,9 @@ class Worker(Sockets):
     # World: what connections ask for -------------------------------------------------------------
 
     now = staticmethod(time.monotonic)
-    kind_of = staticmethod(address_kind)
+
+    def kind_of(self, host: str) -> str:
+        return self._kinds.kind(host)
 
     def opened(self, lane: Lane) -> bool:
         cell = self._cells.active[lane.index]

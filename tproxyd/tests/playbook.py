@@ -173,7 +173,7 @@ class Playbook:
         peer: Endpoint = PEER,
         dst: Endpoint | OSError = APP,
         own_ports: Iterable[int] = (15006,),
-        kinds: dict[str, str] | None = None,  # linux.address_kind: host -> "own", "broadcast"
+        kinds: dict[str, str] | None = None,  # linux.AddressKinds: host -> "own", "broadcast"
         full: bool = False,
         max_header_bytes: int = 4096,
     ) -> None:
@@ -261,7 +261,8 @@ class Playbook:
             return result
 
     def _answer(self, yielded: Wait) -> object:
-        stream, deadline = yielded
+        stream, deadline, connecting = yielded
+        assert connecting == (stream is not self.client)
         assert isinstance(stream, FakeStream)
         answer = self.call(f"wait for {stream.name} until {deadline:g}")
         if isinstance(answer, Passed):

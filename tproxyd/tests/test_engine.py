@@ -273,7 +273,7 @@ def test_turns_are_not_asked_for_twice(
     assert 1 <= asked <= tasks / 4
 
 
-@pytest.mark.parametrize(("pipe_size", "share"), [(0, 4 * 4096), (8192, 4096 + 2 * 8192)])
+@pytest.mark.parametrize(("pipe_size", "share"), [(0, 2 * 4096), (8192, 4096 + 8192)])
 def test_a_small_message_overtakes_a_bulk_stream(
     engine: Engine,
     loop: asyncio.AbstractEventLoop,
