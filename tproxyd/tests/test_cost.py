@@ -106,7 +106,8 @@ def proxied(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[Proxied]
         yield proxied
         for end in proxied.ends:
             end.close()
-        worker.engine.turn()
+        while worker.engine.turn():
+            pass
         worker.finish()
         for _, sock in listeners:
             sock.close()
