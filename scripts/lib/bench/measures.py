@@ -42,7 +42,7 @@ class Settings(NamedTuple):
     whole: bool  # all candidates in all tests
 
 
-FULL = Settings(5, (1, 8), 2000, 3.0, CURVE_WORKERS, CURVE_OPEN, whole=True)
+FULL = Settings(3, (1, 8), 2000, 3.0, CURVE_WORKERS, CURVE_OPEN, whole=True)
 # For a look while working: a figure of one second on a shared machine moves by a fifth.
 QUICK = Settings(1, (1,), 500, 0.8, (WORKERS,), (CURVE_OPEN[0], CURVE_OPEN[-1]), whole=False)
 QUICK_OMITS = ("beside",)
