@@ -26,6 +26,7 @@ CONCURRENCY = 64
 LIVE_CAP = 9000
 HANGS_AFTER_S = 5.0
 IDLE = 3000
+AT_REST_S = 6.0  # tproxyd looks at the kernel state every five seconds, in a process of its own
 CURVE_WORKERS = (1, 2, 4)
 CURVE_OPEN = (100, 1000, 9000)
 
@@ -36,17 +37,16 @@ class Settings(NamedTuple):
     seconds: int  # of each run of wrk and iperf3
     streams: tuple[int, ...]  # of bulk
     traced: int  # connections under strace
-    settle: float  # seconds at the most until memory is read
     curve_workers: tuple[int, ...]
     curve_open: tuple[int, ...]
     whole: bool  # all candidates in all tests
 
 
-FULL = Settings(3, (1, 8), 2000, 3.0, CURVE_WORKERS, CURVE_OPEN, whole=True)
+FULL = Settings(3, (1, 8), 2000, CURVE_WORKERS, CURVE_OPEN, whole=True)
 # For a look while working: a figure of one second on a shared machine moves by a fifth.
-QUICK = Settings(1, (1,), 500, 0.8, (WORKERS,), (CURVE_OPEN[0], CURVE_OPEN[-1]), whole=False)
+QUICK = Settings(1, (1,), 500, (WORKERS,), (CURVE_OPEN[0], CURVE_OPEN[-1]), whole=False)
 QUICK_OMITS = ("beside",)
-QUICK_CANDIDATES = ("direct", "envoy", "haproxy", "tproxyd", "tproxyd-ct")
+QUICK_CANDIDATES = ("direct", "envoy", "haproxy", "tproxyd")
 
 
 @contextmanager
@@ -131,16 +131,17 @@ def memory(candidate: Candidate, settings: Settings) -> Numbers:
         return {}
     with serving(candidate) as (world, proxy, _):
         assert proxy is not None
-        rest = _settled(proxy, settings)
+        time.sleep(AT_REST_S)
+        rest = _settled(proxy)
         with crowd(world) as reach:
             reach(IDLE)
-            full = _settled(proxy, settings)
+            full = _settled(proxy)
     return {"rest_mib": rest / 1024, "idle_kib": (full - rest) / IDLE}
 
 
-def _settled(proxy: Running, settings: Settings) -> int:
-    """Pss once it hardly changes any more, or when time is up."""
-    last, deadline = proxy.pss_kib(), time.monotonic() + settings.settle
+def _settled(proxy: Running) -> int:
+    """Pss once it hardly changes any more, or after three seconds."""
+    last, deadline = proxy.pss_kib(), time.monotonic() + 3
     while time.monotonic() < deadline:
         time.sleep(0.4)
         now = proxy.pss_kib()
