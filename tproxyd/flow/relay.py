@@ -20,8 +20,8 @@ What follows from that:
 - RST is passed on as RST (close with SO_LINGER 0). When sending fails because the receiver is gone,
   what it had sent before is still read and delivered first.
 - One buffer per worker serves every connection; nothing is allocated per turn but a slice.
-- A direction moves at most TURN_READS buffers at a time and then queues up behind the others, so
-  that a bulk stream does not starve small ones.
+- A direction moves at most TURN_READS buffers, or a pipe's worth, and then queues up behind the
+  others, so that a bulk stream does not starve small ones.
 - Where a whole buffer was waiting it is a bulk stream: from then on its bytes go through a pipe, by
   splice, and are never copied (pipes.py).
 
@@ -40,10 +40,9 @@ from tproxyd.errors import CloseReason
 from tproxyd.flow.pipes import Pipe
 from tproxyd.flow.stream import Stream
 
-# A prototype with this size moved 10-16 Gbit/s in one stream, where direct made 15-19 and HAProxy
-# 10 with 128 KiB and 5-6 with its default. Other sizes were not measured.
+# What pipes.py was measured against; a mebibyte gained nothing over it in a plain relay.
 BUFFER_SIZE = 256 * 1024
-TURN_READS = 2  # half a mebibyte, which is also what goes through a pipe in a turn
+TURN_READS = 2  # half a mebibyte; by pipe it is one of half that size
 # What a burst must have moved for the next one to go by pipe too. Not measured: a few pages are
 # where handing them over gets cheaper than copying them.
 BULK_SIZE = 32 * 1024

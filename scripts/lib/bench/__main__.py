@@ -105,8 +105,8 @@ def _measure(args: argparse.Namespace) -> results.Results:
     found.about["load"] += f"; {_load()} after {time.monotonic() - began:.0f} s"
     found.about["measured"] = (
         f"medians of {args.reps} repetitions, every test {settings.seconds} s, in a fresh pair of"
-        " network namespaces each; wrk with one thread and nginx with one worker share the"
-        " machine's CPUs with the proxy"
+        " network namespaces each, TCP by Reno; wrk with one thread and nginx with one worker share"
+        " the machine's CPUs with the proxy"
     )
     return found
 

@@ -159,6 +159,9 @@ class World:
             # Duplicate address detection would keep the IPv6 addresses unusable for a second, and
             # the host's reverse path filter (a new namespace inherits it) is no candidate's fault.
             self.sysctl(name, "net/ipv6/conf/default/accept_dad", "0")
+            # And BBR, where a machine prefers it, paces: bulk would show that, and nothing else.
+            # (Reno, because a namespace may not choose CUBIC where that is not the machine's own.)
+            self.sysctl(name, "net/ipv4/tcp_congestion_control", "reno")
             for scope in ("all", "default"):
                 self.sysctl(name, f"net/ipv4/conf/{scope}/rp_filter", "0")
         here, there = self.client, self.pod
