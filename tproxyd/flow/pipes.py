@@ -1,9 +1,9 @@
 """Pipes through which bulk streams pass by splice: their pages change hands, nothing is copied.
 
-Measured with one stream, two CPUs, iperf3's two ends beside the proxy (medians of three, Gbit/s from
-and to the client): copied through 256 KiB of buffer 25.6 and 28.9, by pipes of 256 KiB 27.7 and
-30.2, of 512 KiB 27.6 and 29.8, of 1 MiB 27.5 and 30.0; direct made 36. What counts more: a gigabyte
-costs 0.15 s of CPU time by pipe, and 0.28 s copied. (All by Reno: BBR's pacing halves every figure.)
+Measured with one stream, two CPUs, both ends of iperf3 beside the proxy (medians of three, Gbit/s
+from and to the client): copied through 256 KiB of buffer 25.6 and 28.9, by pipes of 256 KiB 27.7
+and 30.2, of 512 KiB 27.6 and 29.8, of 1 MiB 27.5 and 30.0; direct made 36. What counts more: a
+gigabyte costs 0.15 s of CPU time by pipe, and 0.28 s copied. (By Reno: BBR's pacing halves it all.)
 Small messages are quicker copied: two splices cost more than their bytes.
 
 A pipe is lent for a turn, and longer only while it holds what the receiver has no room for; so a

@@ -134,7 +134,7 @@ def _about() -> dict[str, str]:
     memory = re.search(r"MemTotal:\s*(\d+)", Path("/proc/meminfo").read_text())
     return {
         "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-        "command": shlex.join(["scripts/bench", *sys.argv[1:]]),
+        "command": shlex.join(["scripts/bench", *_measuring(sys.argv[1:])]),
         "machine": f"{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} CPUs,"
         f" {int(memory[1]) / 2**20 if memory else 0:.0f} GiB",
         "kernel": f"Linux {platform.release()}",
@@ -151,6 +151,19 @@ def _about() -> dict[str, str]:
         ),
         "load": f"{_load()}, {_busy():.0%} of the CPUs busy with others, before",
     }
+
+
+def _measuring(argv: list[str]) -> list[str]:
+    """The arguments that decide what is measured, not where it is written."""
+    words = iter(argv)
+    kept = []
+    for word in words:
+        name, _, value = word.partition("=")
+        if name not in ("--json", "--plot"):
+            kept.append(word)
+        elif not value:
+            next(words, None)
+    return kept
 
 
 def _load() -> str:
