@@ -24,12 +24,13 @@ from lib.netns import MARK_SYSCTLS, Namespace
 from lib.waits import wait_for
 
 from tproxyd.addr import PrefixSet
-from tproxyd.config import Config, Intercept, Listener, ReturnPath, Rules, merge_ranges
+from tproxyd.config import Config, Intercept, Listener, ReturnPath, Rules
 from tproxyd.errors import KernelError
 from tproxyd.kernel.desired import Facts, desired
 from tproxyd.kernel.nft import LIBRARY, Nft
 from tproxyd.kernel.reconcile import Machine, Report, check, clean, facts, install, rules
 from tproxyd.kernel.state import KernelState, diff
+from tproxyd.reader import merge_ranges
 
 HERE = Path(__file__).parent.parent
 CONFIGS = {

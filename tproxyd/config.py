@@ -3,33 +3,33 @@
 The defaults stand here and nowhere else; systemd/tproxyd.toml shows them and a test holds the two
 together. Without a file, Config() is one working sidecar listener that trusts nobody.
 
-Reading is two-staged. `_Table` pulls typed values out of the parsed TOML and writes down each thing
-that is wrong with its path; it never stops at the first. What only makes sense across values
+Reading is two-staged. reader.Table pulls typed values out of the parsed TOML and writes down each
+thing that is wrong with its path; it never stops at the first. What only makes sense across values
 (two listeners on one port) is checked once the values stand. Pure: the caller reads the file.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
 import tomllib
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TypeVar
 
-from tproxyd.addr import Endpoint, PrefixSet, parse_endpoint, parse_prefix
+from tproxyd.addr import Endpoint, PrefixSet, parse_endpoint
 from tproxyd.errors import ConfigError, Problem
-
-PortRanges = tuple[tuple[int, int], ...]  # closed ranges, sorted, merged: ((80, 80), (8000, 8100))
-
-EVERY_PORT: PortRanges = ((1, 65535),)
+from tproxyd.reader import EVERY_PORT, PortRanges, Table
 
 # The longest v2 header that the format can express: 16 fixed bytes and a 16-bit length.
 LARGEST_HEADER = 16 + 0xFFFF
 # The longest v1 header, without TLVs, is 107 bytes; a v2 one over TCP6 is 16 + 36. A cap below
 # this would refuse headers that have no option in them.
 SMALLEST_HEADER_CAP = 107
+
+
+# RFC 1035, 2.3.4. And what a receiver is sure to take: HAProxy reads a whole header into one
+# buffer, 16 KiB by default, together with what follows.
+LONGEST_AUTHORITY = 255
+LONGEST_OWN_VALUE = 1024
 
 
 class Backend(StrEnum):
@@ -106,6 +106,25 @@ class ProxyProtocol:
     policy: HeaderPolicy
 
 
+class SendProxy(StrEnum):
+    """The PROXY header that we send to the upstream, before any payload."""
+
+    OFF = "off"
+    V1 = "v1"
+    V2 = "v2"
+
+
+@dataclass(frozen=True, slots=True)
+class SendTlvs:
+    """What a v2 header that we send carries behind its addresses."""
+
+    forward: frozenset[int] | None = frozenset()  # types of the client's header; None: all of them
+    own: tuple[tuple[int, bytes], ...] = ()  # (type, value)
+    authority: str = ""  # the host name that the client asked for; "" = none
+    unique_id: bool = False  # one of our own, where none is forwarded
+    crc32c: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Listener:
     name: str = "inbound"
@@ -113,6 +132,8 @@ class Listener:
     intercept: Intercept = Intercept()
     upstream: UpstreamKind = UpstreamKind.ORIGINAL
     source: SourceKind = SourceKind.CLIENT
+    send_proxy: SendProxy = SendProxy.OFF
+    send_tlvs: SendTlvs = SendTlvs()
     max_connections: int = 0  # 0 = what the open-file limit allows
     max_header_bytes: int = 4096
     header_timeout_s: float = 5.0
@@ -154,14 +175,14 @@ def parse(text: str, origin: str) -> Config:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(origin, (Problem("", f"not TOML: {error}"),)) from None
     problems: list[Problem] = []
-    config = _config(_Table("", data, problems))
+    config = _config(Table("", data, problems))
     _cross_checks(config, problems)
     if problems:
         raise ConfigError(origin, tuple(problems))
     return config
 
 
-def _config(t: _Table) -> Config:
+def _config(t: Table) -> Config:
     d = Config()
     rules = t.table("rules")
     log = t.table("log")
@@ -191,7 +212,7 @@ def _config(t: _Table) -> Config:
     return config
 
 
-def _admin(t: _Table, default: Endpoint | None) -> Endpoint | None:
+def _admin(t: Table, default: Endpoint | None) -> Endpoint | None:
     text = t.text("admin", str(default))
     if not text:
         return None
@@ -202,7 +223,7 @@ def _admin(t: _Table, default: Endpoint | None) -> Endpoint | None:
         return default
 
 
-def _listener(t: _Table) -> Listener:
+def _listener(t: Table) -> Listener:
     d = Listener()
     name = t.text("name", d.name)
     # It becomes an nft chain, a metric label and a field of log lines.
@@ -222,6 +243,8 @@ def _listener(t: _Table) -> Listener:
         intercept=intercept,
         upstream=t.word("upstream", d.upstream),
         source=t.word("source", d.source),
+        send_proxy=t.word("send_proxy", d.send_proxy),
+        send_tlvs=_send_tlvs(t.table("send_tlvs")),
         max_connections=t.integer("max_connections", d.max_connections, 0, 10_000_000),
         max_header_bytes=t.integer(
             "max_header_bytes", d.max_header_bytes, SMALLEST_HEADER_CAP, LARGEST_HEADER
@@ -232,12 +255,43 @@ def _listener(t: _Table) -> Listener:
         half_close_timeout_s=t.seconds("half_close_timeout_s", d.half_close_timeout_s),
         proxy_protocol=tuple(_proxy_protocol(entry) for entry in t.tables("proxy_protocol")),
     )
+    if listener.send_tlvs != SendTlvs() and listener.send_proxy is not SendProxy.V2:
+        t.problem("send_tlvs", 'only a v2 header has TLVs: send_proxy = "v2"')
     take.finish()
     t.finish()
     return listener
 
 
-def _proxy_protocol(t: _Table) -> ProxyProtocol:
+def _send_tlvs(t: Table) -> SendTlvs:
+    d = SendTlvs()
+    authority = t.text("authority", d.authority)
+    if len(authority.encode()) > LONGEST_AUTHORITY:
+        t.problem("authority", f"is longer than {LONGEST_AUTHORITY} bytes, which is no host name")
+    tlvs = SendTlvs(
+        forward=t.types("forward", d.forward),
+        own=tuple(_own_tlv(entry) for entry in t.tables("own")),
+        authority=authority,
+        unique_id=t.flag("unique_id", d.unique_id),
+        crc32c=t.flag("crc32c", d.crc32c),
+    )
+    t.finish()
+    return tlvs
+
+
+def _own_tlv(t: Table) -> tuple[int, bytes]:
+    for key in ("type", "value"):
+        if key not in t.data:
+            t.problem(key, 'is missing; an own TLV is { type = 0xE4, value = "text" }')
+    # 2.2.8: 0xE0-0xEF are for applications, 0xF0-0xF7 for experiments. Others mean something.
+    kind = t.integer("type", 0xE0, 0xE0, 0xF7)
+    value = t.text("value", "").encode()
+    if len(value) > LONGEST_OWN_VALUE:
+        t.problem("value", f"is longer than {LONGEST_OWN_VALUE} bytes")
+    t.finish()
+    return kind, value
+
+
+def _proxy_protocol(t: Table) -> ProxyProtocol:
     for key in ("from", "policy"):  # no default for either: trust is never implied
         if key not in t.data:
             t.problem(key, "is missing; say both from = [prefixes] and policy = …")
@@ -264,173 +318,3 @@ def _cross_checks(config: Config, problems: list[Problem]) -> None:
     if config.table in (253, 254, 255):
         text = f"{config.table} is one of the kernel's own tables (default, main, local)"
         problems.append(Problem("table", text))
-
-
-_Word = TypeVar("_Word", bound=StrEnum)
-
-
-class _Table:
-    """One TOML table being read: typed getters that note problems and answer with a default.
-
-    Each getter marks its key as known; `finish` reports the keys that nobody asked for.
-    """
-
-    def __init__(self, path: str, data: dict[str, object], problems: list[Problem]) -> None:
-        self.path, self.data, self.problems = path, data, problems
-        self.known: list[str] = []
-
-    def problem(self, key: str, text: str) -> None:
-        self.problems.append(Problem(f"{self.path}.{key}" if self.path else key, text))
-
-    def finish(self) -> None:
-        for key in self.data:
-            if key not in self.known:
-                near = difflib.get_close_matches(key, self.known, n=1)
-                hint = (
-                    f'; did you mean "{near[0]}"?' if near else f"; known: {', '.join(self.known)}"
-                )
-                self.problem(key, f"unknown key{hint}")
-
-    def _get(self, key: str) -> object | None:
-        self.known.append(key)
-        return self.data.get(key)
-
-    def integer(self, key: str, default: int, low: int, high: int) -> int:
-        value = self._get(key)
-        if value is None:
-            return default
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            self.problem(key, f"{_show(value)} is not a whole number from {low} to {high}")
-            return default
-        return value
-
-    def seconds(self, key: str, default: float, zero: str = "") -> float:
-        """A duration in seconds; 0 is allowed only where it has a meaning, given as `zero`."""
-        value = self._get(key)
-        if value is None:
-            return default
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        # A year and above is a typing error; it also keeps inf and nan out.
-        if not number or not (0 < value < 31_536_000 or (zero and value == 0)):  # type: ignore[operator]
-            allowed = f"more than 0, or 0 ({zero})" if zero else "more than 0"
-            self.problem(key, f"{_show(value)} is not a number of seconds, {allowed}")
-            return default
-        return float(value)  # type: ignore[arg-type]
-
-    def text(self, key: str, default: str) -> str:
-        value = self._get(key)
-        if value is None:
-            return default
-        if not isinstance(value, str):
-            self.problem(key, f"{_show(value)} is not a text in quotes")
-            return default
-        return value
-
-    def word(self, key: str, default: _Word) -> _Word:
-        """One word of the enum that `default` belongs to."""
-        value = self._get(key)
-        if value is None:
-            return default
-        words = [str(member) for member in type(default)]
-        if not isinstance(value, str) or value not in words:
-            near = difflib.get_close_matches(str(value), words, n=1)
-            hint = f'; did you mean "{near[0]}"?' if near else ""
-            self.problem(key, f"{_show(value)} is not one of: {', '.join(words)}{hint}")
-            return default
-        return type(default)(value)
-
-    def table(self, key: str) -> _Table:
-        value = self._get(key)
-        path = f"{self.path}.{key}" if self.path else key
-        if isinstance(value, dict):
-            return _Table(path, value, self.problems)
-        if value is not None:
-            self.problem(key, f"{_show(value)} is not a table")
-        return _Table(path, {}, self.problems)
-
-    def tables(self, key: str) -> list[_Table]:
-        value = self._get(key)
-        if value is None:
-            return []
-        prefix = f"{self.path}.{key}" if self.path else key
-        if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
-            name = re.sub(r"\[[0-9]+\]", "", prefix)
-            self.problem(key, f"is not a list of tables; write [[{name}]] above each")
-            return []
-        return [_Table(f"{prefix}[{i}]", entry, self.problems) for i, entry in enumerate(value)]
-
-    def _each(
-        self, key: str, read: Callable[[object], object], example: str
-    ) -> list[object] | None:
-        """Every entry of a list through `read` (ValueError = a problem); None where absent."""
-        value = self._get(key)
-        if value is None:
-            return None
-        if not isinstance(value, list):
-            self.problem(key, f"{_show(value)} is not a list, for example {example}")
-            return None
-        items: list[object] = []
-        for i, entry in enumerate(value):
-            try:
-                items.append(read(entry))
-            except ValueError as error:
-                self.problem(f"{key}[{i}]", str(error))
-        return items
-
-    def prefixes(self, key: str, default: PrefixSet) -> PrefixSet:
-        items = self._each(key, lambda entry: parse_prefix(_str(entry)), '["10.0.0.0/8"]')
-        return default if items is None else PrefixSet(items)  # type: ignore[arg-type]
-
-    def interfaces(self, key: str, default: tuple[str, ...]) -> tuple[str, ...]:
-        items = self._each(key, _interface, '["eth0", "veth*"]')
-        return default if items is None else tuple(sorted(set(map(str, items))))
-
-    def ports(self, key: str, default: PortRanges) -> PortRanges:
-        """ "*", or a list of numbers and "low-high" texts, as merged ranges."""
-        if self.data.get(key) == "*":
-            self._get(key)
-            return EVERY_PORT
-        items = self._each(key, _port_range, '"*" or [80, "8000-8100"]')
-        if key == "ports" and self.data.get(key) == []:
-            self.problem(key, 'is empty, so nothing would be taken; write "*" or a list of ports')
-        return default if items is None else merge_ranges(items)  # type: ignore[arg-type]
-
-
-def merge_ranges(ranges: list[tuple[int, int]]) -> PortRanges:
-    """Closed ranges in any order, sorted and merged where they touch."""
-    merged: list[tuple[int, int]] = []
-    for low, high in sorted(ranges):
-        if merged and low <= merged[-1][1] + 1:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], high))
-        else:
-            merged.append((low, high))
-    return tuple(merged)
-
-
-def _port_range(entry: object) -> tuple[int, int]:
-    if isinstance(entry, int) and not isinstance(entry, bool):
-        low = high = entry
-    elif isinstance(entry, str) and (m := re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", entry)):
-        low, high = int(m[1]), int(m[2] or m[1])
-    else:
-        raise ValueError(f'{_show(entry)} is not a port or a range like "8000-8100"')
-    if not 1 <= low <= high <= 65535:
-        raise ValueError(f"{_show(entry)} is not within 1 to 65535, low before high")
-    return low, high
-
-
-def _interface(entry: object) -> str:
-    # IFNAMSIZ is 16 with the closing NUL (linux/if.h); "*" is nft's wildcard, last only.
-    if isinstance(entry, str) and re.fullmatch(r"[^\s/\"*]{1,15}|[^\s/\"*]{1,14}\*", entry):
-        return entry
-    raise ValueError(f'{_show(entry)} is not an interface name, for example "eth0" or "veth*"')
-
-
-def _str(entry: object) -> str:
-    if not isinstance(entry, str):
-        raise ValueError(f"{_show(entry)} is not a text in quotes")
-    return entry
-
-
-def _show(value: object) -> str:
-    return f'"{value}"' if isinstance(value, str) else str(value).lower()

@@ -77,7 +77,7 @@ def run(config: Config) -> list[Check]:
 
 
 def _examine(config: Config) -> Patient:
-    from tproxyd.kernel import desired, reconcile  # 13 MB of pyroute2: only when asked
+    from tproxyd.kernel import desired, reconcile  # only when asked
 
     facts = reconcile.facts()
     path = desired.return_path(config, facts).path

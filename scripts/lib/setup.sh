@@ -34,6 +34,22 @@ need_packages() {
     { apt-get update -q && apt-get install -q -y --no-install-recommends "${missing[@]}"; } >&2
 }
 
+# need_servers NAME...: the same for servers, which are wanted in namespaces only: Debian would start
+# them as soon as they are installed.
+need_servers() {
+    local policy=/usr/sbin/policy-rc.d
+    if [[ -e $policy ]]; then
+        need_packages "$@"
+        return
+    fi
+    (
+        trap 'rm -f "$policy"' EXIT
+        printf '#!/bin/sh\nexit 101\n' >"$policy"
+        chmod +x "$policy"
+        need_packages "$@"
+    )
+}
+
 # need_venv [dev]: .venv with this checkout (editable) in it, and with `dev` the group of that name.
 # Redone only when pyproject.toml, the constraints or the interpreter are others than last time.
 need_venv() {

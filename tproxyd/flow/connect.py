@@ -141,10 +141,10 @@ def dial(plan: Plan, deadline: float, network: Network, speaks: bool = False) ->
             if code == errno.EALREADY:
                 code = yield from _unfinished(stream, plan, source, deadline, network)
             if code in (0, errno.EISCONN):
-                connected = True
                 if source is None or source.port == 0:
                     host, port, *_ = stream.getsockname()
                     source = Source(Endpoint(host, port))
+                connected = True
                 return Dialled(stream, source)
             cause = _CAUSES.get(code)
             if cause is None:

@@ -17,6 +17,7 @@ from typing import Protocol
 from tproxyd.addr import Peer
 from tproxyd.config import HeaderPolicy, Listener
 from tproxyd.errors import CloseReason, PeerError, UpstreamError
+from tproxyd.flow.announce import Announcer
 from tproxyd.flow.connect import Dialled, Network, dial
 from tproxyd.flow.origdst import original_destination
 from tproxyd.flow.policy import Plan, Refusal, plan_for
@@ -47,6 +48,7 @@ class World(Network, Protocol):
     def kind_of(self, host: str) -> str: ...
     def count_header(self, version: str, result: HeaderResult) -> None: ...
     def count_fallback(self, cause: str) -> None: ...
+    def count_left_out(self, tlvs: int) -> None: ...
     def connected(self, seconds: float) -> None: ...
     def ended(
         self, lane: Lane, life: Record, downstream: Stream, upstream: Stream | None, aborted: bool
@@ -61,6 +63,7 @@ class Lane:
     expectation: Callable[[str], HeaderPolicy | None]  # policy.trust()
     own_ports: frozenset[int]
     limits: Limits
+    announce: Announcer | None = None  # the PROXY header that the upstream gets
     index: int = 0
 
 
@@ -70,15 +73,23 @@ class Passage(Relay):
     __slots__ = ("_lane", "_life", "_world")
 
     def __init__(
-        self, lane: Lane, life: Record, world: World, both: tuple[Stream, Stream], early: bytes
+        self,
+        lane: Lane,
+        life: Record,
+        world: World,
+        both: tuple[Stream, Stream],
+        early: bytes,
+        own: int,
     ) -> None:
+        """The first `own` bytes of `early` are a header of ours."""
         super().__init__(*both, early, lane.limits)
         self._lane, self._life, self._world = lane, life, world
+        self.up.delivered = -own  # our own words are no payload
 
     def finished(self, reason: CloseReason, detail: str, aborted: bool) -> None:
         life, up, down = self._life, self.up, self.down
         life.reason, life.detail = reason, detail
-        life.received, life.sent = up.delivered, down.delivered
+        life.received, life.sent = max(up.delivered, 0), down.delivered
         self._world.ended(self._lane, life, up.source, down.source, aborted)
 
 
@@ -104,11 +115,13 @@ def serve(
             life.header, early = yield from read_header(downstream, expected, listener, world)
         plan = plan_for(peer, life.dst, life.header, listener.source, lane.own_ports, world.kind_of)
         plan = agreed(plan, life, world)
+        own = b"" if lane.announce is None else announced(lane.announce, life, world)
+        early = own + early
         began = world.now()
         upstream = yield from dial(plan, began + listener.connect_timeout_s, world, bool(early))
         world.connected(world.now() - began)
         life.source = upstream.source
-        relay = Passage(lane, life, world, (downstream, upstream.stream), early)
+        relay = Passage(lane, life, world, (downstream, upstream.stream), early, len(own))
     except (PeerError, UpstreamError) as failure:
         life.reason, life.detail = failure.reason, failure.detail
     except OSError as error:
@@ -126,6 +139,16 @@ def read_what_is_here(downstream: Stream, world: World) -> bytes:
     """
     n = read(downstream, world, _AT_HAND)
     return bytes(world.view[:n]) if n else b""
+
+
+def announced(announce: Announcer, life: Record, world: World) -> bytes:
+    """The PROXY header that goes ahead of the payload."""
+    assert life.client is not None  # it is agreed who that is, and where to
+    assert life.dst is not None
+    header, life.announced = announce(life.client, life.dst, life.header)
+    if life.announced.left_out:
+        world.count_left_out(life.announced.left_out)
+    return header
 
 
 def read_header(

@@ -24,6 +24,7 @@ from functools import lru_cache
 from tproxyd.addr import Client, Endpoint, OriginalDst, Peer, Source, Upstream
 from tproxyd.config import LogFormat
 from tproxyd.errors import CloseReason
+from tproxyd.flow.announce import Announcement
 from tproxyd.flow.proxyproto import Header, describe
 
 # Envoy's %RESPONSE_FLAGS% for each of our ends: UF upstream connection failure, UC upstream
@@ -61,6 +62,7 @@ class Record:
     """One connection, as far as it is known. Filled in by the walk, line by line."""
 
     __slots__ = (
+        "announced",
         "client",
         "detail",
         "dst",
@@ -89,6 +91,7 @@ class Record:
         self.upstream: Upstream | None = None
         self.source: Source | None = None
         self.header: Header | None = None
+        self.announced: Announcement | None = None  # the PROXY header that the upstream gets
         self.fallback = ""
         self.received = 0
         self.sent = 0
@@ -115,6 +118,7 @@ class Record:
             the_upstream = the_dst if upstream is dst else f'"{_text(upstream)}"'
         the_source = f'"{_text(self.source)}"' if self.source is not None else "null"
         the_fallback = f'"{self.fallback}"' if self.fallback else "null"
+        the_announced = "null" if self.announced is None else _announced(self.announced)
         return (
             f'{{"start_time":"{timestamp(self.wall)}",'
             f'"duration":{int((now - self.started) * 1000 + 0.5)},'
@@ -129,6 +133,7 @@ class Record:
             f'"upstream_cluster":{cluster},'
             f'"proxy_protocol":{header},'
             f'"source_fallback":{the_fallback},'
+            f'"upstream_proxy_protocol":{the_announced},'
             f'"rtt_us":{self.rtt_us},"retransmits":{self.retransmits}}}\n'
         )
 
@@ -154,6 +159,15 @@ def _header(header: Header) -> str:
         return json.dumps(describe(header))
     # The same without the encoder, for the most usual kind of header: 1.2 µs less.
     return f'{{"version": {header.version}, "destination": "{_text(header.destination)}"}}'
+
+
+def _announced(what: Announcement) -> str:
+    told: dict[str, object] = {"version": what.version}
+    if what.unique_id:
+        told["unique_id"] = what.unique_id
+    if what.left_out:
+        told["tlvs_left_out"] = what.left_out
+    return json.dumps(told)
 
 
 def _text(endpoint: Endpoint) -> str:

@@ -67,6 +67,11 @@ SOURCE_FALLBACKS = Metric(
     "Connections made from the proxy's own address where the client's was asked for.",
     ("cause",),
 )
+TLVS_LEFT_OUT = Metric(
+    "tproxyd_proxy_tlvs_left_out",
+    Kind.COUNTER,
+    "TLVs that did not fit into a PROXY header that was sent.",
+)
 ACCEPT_PAUSES = Metric(
     "tproxyd_accept_pauses", Kind.COUNTER, "Times accepting was paused for want of files or memory."
 )
@@ -84,6 +89,7 @@ METRICS = (
     CONNECT_SECONDS,
     PORT_RETRIES,
     SOURCE_FALLBACKS,
+    TLVS_LEFT_OUT,
     ACCEPT_PAUSES,
     LOG_DROPPED,
 )
@@ -153,6 +159,7 @@ def _cells(listeners: Iterable[str]) -> Iterator[Cell]:
     for cause in PortCause:
         yield Cell(PORT_RETRIES, (cause.value,))
     yield Cell(SOURCE_FALLBACKS, ("family",))
+    yield Cell(TLVS_LEFT_OUT, ())
     yield Cell(ACCEPT_PAUSES, ())
     yield Cell(LOG_DROPPED, ())
 

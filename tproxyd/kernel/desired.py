@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from tproxyd.addr import PrefixSet
-from tproxyd.config import EVERY_PORT, Config, Intercept, Listener, ReturnPath
+from tproxyd.config import Config, Intercept, Listener, ReturnPath
 from tproxyd.kernel.firewall import (
     Chain,
     ConnMark,
@@ -69,6 +69,7 @@ from tproxyd.kernel.state import (
     Sysctl,
     number_for,
 )
+from tproxyd.reader import EVERY_PORT
 
 # The mark in decimal (0x539), for whoever reads `ip rule`. Behind `local` (0); before Tailscale's
 # 5210 and its siblings, wg-quick's 32764 and `main` (32766), any of which would send the packets

@@ -15,7 +15,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from tproxyd.addr import IPNetwork, PrefixSet
-from tproxyd.config import merge_ranges
 from tproxyd.kernel.firewall import (
     FULL_MASK,
     Action,
@@ -45,6 +44,7 @@ from tproxyd.kernel.firewall import (
     Verdict,
     ranges_text,
 )
+from tproxyd.reader import merge_ranges
 
 TABLE = "tproxyd"
 

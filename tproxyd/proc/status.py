@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TypedDict
 
-from tproxyd.config import EVERY_PORT, Intercept, PortRanges
+from tproxyd.config import Intercept
 from tproxyd.flow.tally import ACTIVE, CONNECT_SECONDS, CONNECTIONS, METRICS, Kind
 from tproxyd.proc.counters import Histogram, Samples
+from tproxyd.reader import EVERY_PORT, PortRanges
 
 
 class ListenerPart(TypedDict):

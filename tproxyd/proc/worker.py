@@ -28,6 +28,7 @@ import uvloop
 from tproxyd.config import Config
 from tproxyd.errors import CloseReason
 from tproxyd.flow import listen, policy
+from tproxyd.flow.announce import announcer
 from tproxyd.flow.connect import Sockets
 from tproxyd.flow.connection import Lane, serve
 from tproxyd.flow.engine import Engine
@@ -45,6 +46,7 @@ from tproxyd.flow.tally import (
     LOG_DROPPED,
     PORT_RETRIES,
     SOURCE_FALLBACKS,
+    TLVS_LEFT_OUT,
     HeaderResult,
     Layout,
     PortCause,
@@ -66,7 +68,8 @@ log = logging.getLogger(__name__)
 
 # Connections accepted in one go before those already open get their turn.
 _ACCEPT_BATCH = 64
-# File descriptors that are not connections: listeners, loop, control, log, and a reserve.
+# File descriptors that are neither connections nor listeners: 16 pipes (flow/pipes.py), the loop,
+# the engine, netlink, control and log take some 45.
 _RESERVED_FILES = 64
 # How soon accepting is tried again when the kernel, not our own limit, had refused a descriptor.
 _RETRY_ACCEPT_S = 0.1
@@ -153,6 +156,7 @@ class Worker(Sockets):
                 expectation=policy.trust(each.proxy_protocol),
                 own_ports=own_ports,
                 limits=Limits(each.idle_timeout_s, each.half_close_timeout_s),
+                announce=announcer(each.send_proxy, each.send_tlvs, os.urandom),
                 index=i,
             )
             for i, each in enumerate(config.listeners)
@@ -168,7 +172,8 @@ class Worker(Sockets):
             else None
         )
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self._capacity = max(1, (soft - _RESERVED_FILES) // 2)  # connections: two sockets each
+        free = soft - _RESERVED_FILES - len(spec.listeners)
+        self._capacity = max(1, free // 2)  # connections: two sockets each
         self._active = 0
         self._listening = False
         self._draining = False
@@ -301,6 +306,9 @@ class Worker(Sockets):
     def count_fallback(self, cause: str) -> None:
         self._row[self._cells.fallbacks[cause]] += 1
 
+    def count_left_out(self, tlvs: int) -> None:
+        self._row[self._cells.left_out] += tlvs
+
     def _log_dropped(self, lines: int) -> None:
         self._row[self._cells.log_dropped] += lines
 
@@ -380,4 +388,5 @@ class Cells:
         self.port_retries = {cause: at(PORT_RETRIES, cause.value) for cause in PortCause}
         self.fallbacks = {"family": at(SOURCE_FALLBACKS, "family")}
         self.accept_pauses = at(ACCEPT_PAUSES)
+        self.left_out = at(TLVS_LEFT_OUT)
         self.log_dropped = at(LOG_DROPPED)

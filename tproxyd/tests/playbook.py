@@ -28,9 +28,17 @@ from typing import Any, Final, NoReturn, TypeVar
 
 from tproxyd.addr import Endpoint, Peer, parse_prefix
 from tproxyd.addr import PrefixSet as Prefixes
-from tproxyd.config import HeaderPolicy, Listener, ProxyProtocol, SourceKind
+from tproxyd.config import (
+    HeaderPolicy,
+    Listener,
+    ProxyProtocol,
+    SendProxy,
+    SendTlvs,
+    SourceKind,
+)
 from tproxyd.errors import CloseReason, PeerError
 from tproxyd.flow import policy as policies
+from tproxyd.flow.announce import announcer
 from tproxyd.flow.connect import rotate
 from tproxyd.flow.connection import Lane, serve
 from tproxyd.flow.proxyproto import encode_v2
@@ -176,6 +184,8 @@ class Playbook:
         kinds: dict[str, str] | None = None,  # linux.AddressKinds: host -> "own", "broadcast"
         full: bool = False,
         max_header_bytes: int = 4096,
+        send_proxy: str = "off",
+        send_tlvs: SendTlvs = SendTlvs(),  # noqa: B008 - frozen
     ) -> None:
         entries = (
             (ProxyProtocol(Prefixes([parse_prefix(peer.host)]), HeaderPolicy(policy)),)
@@ -189,7 +199,11 @@ class Playbook:
             max_header_bytes=max_header_bytes,
         )
         self.lane = Lane(
-            listener, policies.trust(entries), frozenset(own_ports), Limits(3600.0, 60.0)
+            listener,
+            policies.trust(entries),
+            frozenset(own_ports),
+            Limits(3600.0, 60.0),
+            announcer(SendProxy(send_proxy), send_tlvs, bytes),
         )
         self.has_policy = policy is not None
         self.speaks = False
@@ -233,7 +247,8 @@ class Playbook:
             assert isinstance(early, bytes)
             assert self.speaks == bool(early), "the handshake's ACK waits for bytes, or does not"
             answer = self.call(f"relay, first {early!r}" if early else "relay")
-            relay.up.delivered, relay.down.delivered = answer.received, answer.sent
+            relay.up.delivered += answer.received
+            relay.down.delivered = answer.sent
             relay.finished(answer.reason, answer.detail, answer.aborted)
 
     def drive(self, walk: Generator[Any, Any, Result]) -> Result:
@@ -337,6 +352,9 @@ class Playbook:
 
     def count_fallback(self, cause: str) -> None:
         self.note(f"count fallback {cause}")
+
+    def count_left_out(self, tlvs: int) -> None:
+        self.note(f"count left out {tlvs}")
 
     def connected(self, seconds: float) -> None:
         self.connect_seconds.append(seconds)

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from tproxyd.addr import Endpoint, PrefixSet, parse_prefix
 from tproxyd.config import (
-    EVERY_PORT,
     LARGEST_HEADER,
     Backend,
     Config,
@@ -23,11 +22,13 @@ from tproxyd.config import (
     ProxyProtocol,
     ReturnPath,
     Rules,
+    SendProxy,
+    SendTlvs,
     SourceKind,
-    merge_ranges,
     parse,
 )
 from tproxyd.errors import ConfigError
+from tproxyd.reader import EVERY_PORT, merge_ranges
 
 
 def problems(text: str) -> dict[str, str]:
@@ -83,6 +84,12 @@ def test_everything_has_a_key() -> None:
     intercept.interfaces = ["veth*", "eth0"]
     upstream = "original"
     source = "proxy"
+    send_proxy = "v2"
+    send_tlvs.forward = [0x02, 0xEA]
+    send_tlvs.own = [{ type = 0xE4, value = "x" }]
+    send_tlvs.authority = "example.org"
+    send_tlvs.unique_id = true
+    send_tlvs.crc32c = true
     max_connections = 5
     max_header_bytes = 107
     header_timeout_s = 0.5
@@ -103,6 +110,8 @@ def test_everything_has_a_key() -> None:
     port = 2
     intercept.sources = ["::ffff:10.0.0.0/104"]
     intercept.destinations = ["fd00::1"]
+    send_proxy = "v2"
+    send_tlvs.forward = "all"
     """
     first = Listener(
         name="a",
@@ -111,6 +120,8 @@ def test_everything_has_a_key() -> None:
             ports=((80, 81), (8000, 8100)), exclude_ports=(), interfaces=("eth0", "veth*")
         ),
         source=SourceKind.PROXY,
+        send_proxy=SendProxy.V2,
+        send_tlvs=SendTlvs(frozenset((0x02, 0xEA)), ((0xE4, b"x"),), "example.org", True, True),
         max_connections=5,
         max_header_bytes=107,
         header_timeout_s=0.5,
@@ -126,6 +137,8 @@ def test_everything_has_a_key() -> None:
         name="b",
         port=2,
         intercept=Intercept(sources=nets("10.0.0.0/8"), destinations=nets("fd00::1/128")),
+        send_proxy=SendProxy.V2,
+        send_tlvs=SendTlvs(forward=None),
     )
     assert parse(text, "x") == Config(
         mark=0x100,
@@ -220,6 +233,7 @@ TOP = [
     ("[listener]\nport = 1", "listener", "is not a list of tables"),
 ]
 
+V2 = 'send_proxy = "v2"\n'
 LISTENER = [
     ('name = ""', "name", '"" must be a-z'),
     ('name = "Inbound"', "name", "a letter first"),
@@ -232,6 +246,26 @@ LISTENER = [
     ("port = 9133", "port", "9133 is the admin port too"),
     ('upstream = "10.0.0.1:80"', "upstream", "is not one of: original"),
     ('source = "clent"', "source", 'did you mean "client"?'),
+    ('send_proxy = "V2"', "send_proxy", '"V2" is not one of: off, v1, v2'),
+    ("send_tlvs.crc32c = true", "send_tlvs", 'only a v2 header has TLVs: send_proxy = "v2"'),
+    (f'{V2}send_tlvs.forward = "some"', "send_tlvs.forward", 'is not a list, for example "all" or'),
+    (f"{V2}send_tlvs.forward = [256]", "send_tlvs.forward[0]", "256 is not a TLV type"),
+    (f"{V2}send_tlvs.forward = [true]", "send_tlvs.forward[0]", "true is not a TLV type"),
+    (f"{V2}send_tlvs.crc32c = 1", "send_tlvs.crc32c", "1 is neither true nor false"),
+    (f'{V2}send_tlvs.authority = "{"a" * 256}"', "send_tlvs.authority", "longer than 255 bytes"),
+    (f"{V2}send_tlvs.own = [1]", "send_tlvs.own", "write [[listener.send_tlvs.own]] above each"),
+    (f'{V2}send_tlvs.own = [{{ value = "x" }}]', "send_tlvs.own[0].type", "is missing"),
+    (f"{V2}send_tlvs.own = [{{ type = 0xE4 }}]", "send_tlvs.own[0].value", "is missing"),
+    (
+        f'{V2}send_tlvs.own = [{{ type = 5, value = "x" }}]',
+        "send_tlvs.own[0].type",
+        "5 is not a whole number from 224 to 247",
+    ),
+    (
+        f'{V2}send_tlvs.own = [{{ type = 0xE4, value = "{"a" * 1025}" }}]',
+        "send_tlvs.own[0].value",
+        "longer than 1024 bytes",
+    ),
     ("max_connections = -1", "max_connections", "-1 is not"),
     ("max_header_bytes = 106", "max_header_bytes", f"a whole number from 107 to {LARGEST_HEADER}"),
     ("max_header_bytes = 65552", "max_header_bytes", "65552 is not"),
@@ -322,7 +356,6 @@ def test_a_bad_value(text: str, path: str, why: str) -> None:
             "listener[0].proxy_protocol[0].peers",
             "known: from, policy",
         ),
-        ('[[listener]]\nsend_proxy = "v1"', "listener[0].send_proxy", "unknown key"),
     ],
 )
 def test_an_unknown_key(text: str, path: str, hint: str) -> None:

@@ -11,8 +11,9 @@ import errno
 import pytest
 
 from tproxyd.addr import Endpoint
-from tproxyd.config import LARGEST_HEADER
+from tproxyd.config import LARGEST_HEADER, SendTlvs
 from tproxyd.errors import CloseReason
+from tproxyd.flow.announce import Announcement
 from tproxyd.flow.connect import rotate
 from tproxyd.flow.proxyproto import V2_SIGNATURE, encode_v2
 from tproxyd.flow.tlv import Tlv
@@ -442,3 +443,45 @@ def test_rst_while_the_header_is_awaited(before: bytes) -> None:
         << "end client by RST: downstream_reset"
     ).play()
     assert life.detail == "Connection reset by peer"
+
+
+# PROXY headers out --------------------------------------------------------------------------------
+
+FIN_NAMED = Outcome(CloseReason.DOWNSTREAM_FIN, "", 100_000, 5, aborted=False)
+SAID = f"PROXY TCP4 {PEER.host} {APP.host} {PEER.port} {APP.port}\r\n".encode()
+
+
+@pytest.mark.parametrize("data", [b"", b"GET /"])
+def test_a_header_goes_ahead_of_the_payload(data: bytes) -> None:
+    """In the first segment, together with what is at hand; and it is not counted as payload."""
+    done = Outcome(CloseReason.DOWNSTREAM_FIN, "", len(SAID) + 5, 7, aborted=False)
+    book = Playbook(send_proxy="v1") << "client recv" >> (data or NOTHING) << dials(AS_PEER)
+    life = (book << f"relay, first {SAID + data!r}" >> done << ENDED).play()
+    assert (life.received, life.sent) == (5, 7)
+    assert life.announced == Announcement(1)
+
+
+def test_a_header_that_was_not_even_delivered() -> None:
+    done = Outcome(CloseReason.UPSTREAM_RESET, "", 3, 0, aborted=True)
+    book = Playbook(send_proxy="v1") << dials(AS_PEER) << f"relay, first {SAID!r}" >> done
+    life = (book << "end both by RST: upstream_reset").play()
+    assert life.received == 0
+
+
+def test_a_client_that_was_named_is_named_again() -> None:
+    book = Playbook(policy="require", send_proxy="v1") << "client recv" >> V1 + b"hello"
+    book << "count header 1 accepted" << dials(AS_FAR)
+    (book << f"relay, first {V1 + b'hello'!r}" >> FIN_NAMED << ENDED).play()
+
+
+def test_tlvs_that_do_not_fit_are_counted() -> None:
+    big = encode_v2(FAR, APP, [Tlv(0xE0, bytes(65_000))])
+    book = Playbook(
+        policy="require",
+        send_proxy="v2",
+        send_tlvs=SendTlvs(forward=None, own=((0xE4, bytes(1000)),)),
+        max_header_bytes=LARGEST_HEADER,
+    )
+    book << "client recv" >> big << "count header 2 accepted" << "count left out 1"
+    sent = encode_v2(FAR, APP, [Tlv(0xE0, bytes(65_000))])
+    (book << dials(AS_FAR) << f"relay, first {sent!r}" >> FIN_NAMED << ENDED).play()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tproxyd.config import Config, Intercept, Listener, Log, Rules, parse
+from tproxyd.config import Config, Intercept, Listener, Log, Rules, SendTlvs, parse
 
 PATH = Path(__file__).resolve().parents[2] / "systemd" / "tproxyd.toml"
 TEXT = PATH.read_text()
@@ -27,13 +27,14 @@ def test_it_equals_the_defaults() -> None:
         ("[log]", Log),
         ("[[listener]]", Listener),
         ("[listener.intercept]", Intercept),
+        ("[listener.send_tlvs]", SendTlvs),
     ],
 )
 def test_every_setting_is_shown(table: str, of: type) -> None:
     section = TEXT if not table else TEXT[TEXT.index(f"\n{table}\n") + len(table) + 2 :]
     section = re.split(r"^\[", section, maxsplit=1, flags=re.MULTILINE)[0]
     shown = set(re.findall(r"^(\w+) = ", section, flags=re.MULTILINE))
-    tables = {"rules", "log", "listeners", "intercept", "proxy_protocol"}
+    tables = {"rules", "log", "listeners", "intercept", "send_tlvs", "proxy_protocol"}
     assert shown == {field.name for field in dataclasses.fields(of)} - tables
 
 

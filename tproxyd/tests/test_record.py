@@ -20,6 +20,7 @@ from tproxyd.addr import Client, Endpoint, OriginalDst, Peer, Source, Upstream
 from tproxyd.config import LogFormat
 from tproxyd.errors import CloseReason
 from tproxyd.flow import record
+from tproxyd.flow.announce import Announcement
 from tproxyd.flow.proxyproto import Header, describe
 from tproxyd.flow.record import LineWriter, Record, formatter, timestamp
 from tproxyd.flow.tlv import Tlv
@@ -41,6 +42,7 @@ FIELDS = {  # Envoy's names, and then ours
     "listener",
     "close_reason",
     "proxy_protocol",
+    "upstream_proxy_protocol",
     "source_fallback",
     "rtt_us",
     "retransmits",
@@ -55,6 +57,7 @@ def full() -> Record:
     life.upstream = Upstream(life.dst)
     life.source = Source(Endpoint("2001:db8::7", 16722))
     life.header = Header(2, 60, False, CLIENT, life.dst, (Tlv(5, b"id-1"),))
+    life.announced = Announcement(2, "00ff", 3)
     life.fallback = "family"
     life.received, life.sent, life.rtt_us, life.retransmits = 3, 5, 250, 2
     life.reason, life.detail = CloseReason.UPSTREAM_FIN, ""
@@ -93,6 +96,7 @@ def test_a_full_line() -> None:
             "destination": "10.9.1.1:80",
             "unique_id": parsed(full())["proxy_protocol"]["unique_id"],
         },
+        "upstream_proxy_protocol": {"version": 2, "unique_id": "00ff", "tlvs_left_out": 3},
         "source_fallback": "family",
         "rtt_us": 250,
         "retransmits": 2,
@@ -107,6 +111,7 @@ def test_a_line_of_a_connection_that_came_to_nothing() -> None:
     assert fields["close_reason"] == "internal"
     nothing = {name for name, value in fields.items() if value is None}
     assert nothing == {
+        "upstream_proxy_protocol",
         "connection_termination_details",
         "downstream_local_address",
         "upstream_local_address",

@@ -416,8 +416,11 @@ def open_files(limit: int, used: int = 0) -> Callable[[], None]:
 
 
 def test_as_many_connections_as_there_are_files_for() -> None:
-    """64 are reserved, two for each connection; above that, clients wait in the queue."""
-    with running(config(proxy_protocol=SILENT), before=open_files(68)) as it:
+    """64 are reserved and one for each listening socket, two for each connection; above that,
+    clients wait in the queue.
+    """
+    listening = 2 if listen.has_ipv6() else 1
+    with running(config(proxy_protocol=SILENT), before=open_files(68 + listening)) as it:
         it.ready()
         far = [it.connect() for _ in range(5)]
         it.until(ACCEPT_PAUSES, value=1)
