@@ -116,7 +116,7 @@ def interface_is_up(name: str) -> bool:
 class AddressKinds:
     """Asks what an address is on this host. Good for one process; `close` it.
 
-    One RTM_GETROUTE, which needs no privilege, 3 µs; the answer's type says it. Two cheaper
+    One RTM_GETROUTE, which needs no privilege, 4 µs; the answer's type says it. Two cheaper
     questions have wrong answers: bind() takes every address for our own under ip_nonlocal_bind=1,
     and the source that a UDP connect picks is not the address itself when that is a secondary one.
     """
@@ -127,20 +127,30 @@ class AddressKinds:
 
     def kind(self, host: str) -> str:
         """ "own", "broadcast" or "", as the routing tables of this namespace see it."""
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        address = _packed(family, host)
-        attribute = struct.pack("=HH", 4 + len(address), _RTA_DST) + address
-        message = struct.pack("=BBBBBBBBI", family, len(address) * 8, 0, 0, 0, 0, 0, 0, 0)
-        message += attribute
-        request = struct.pack("=IHHII", 16 + len(message), _RTM_GETROUTE, _NLM_F_REQUEST, 0, 0)
-        self._sock.send(request + message)
+        if ":" in host:
+            question = _ASK_V6 + _packed(socket.AF_INET6, host)
+        else:
+            question = _ASK_V4 + _packed(socket.AF_INET, host)
+        self._sock.send(question)
         reply = self._sock.recv(4096)
-        if struct.unpack_from("=H", reply, 4)[0] == _NLMSG_ERROR:
+        if reply[4:6] == _ERROR:
             return ""  # no route to it: then it is nobody here
         return _KINDS.get(reply[16 + 7], "")  # rtm_type
 
     def close(self) -> None:
         self._sock.close()
+
+
+def _ask_route(family: int, size: int) -> bytes:
+    """RTM_GETROUTE up to the address of `size` bytes: nlmsghdr, rtmsg, RTA_DST's head."""
+    route = struct.pack("=BBBBBBBBI", family, size * 8, 0, 0, 0, 0, 0, 0, 0)
+    attribute = struct.pack("=HH", 4 + size, _RTA_DST)
+    length = 16 + len(route) + len(attribute) + size
+    return struct.pack("=IHHII", length, _RTM_GETROUTE, _NLM_F_REQUEST, 0, 0) + route + attribute
+
+
+_ASK_V4, _ASK_V6 = _ask_route(socket.AF_INET, 4), _ask_route(socket.AF_INET6, 16)
+_ERROR = struct.pack("=H", _NLMSG_ERROR)
 
 
 class HasOptions(Protocol):

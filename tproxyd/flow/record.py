@@ -1,8 +1,8 @@
 """What is known of a connection when it is over: one access-log line, and its counts.
 
 JSON lines use the field names of Envoy's access log, so that pipelines people have keep working;
-close_reason, proxy_protocol, rtt_us and retransmits are ours. Every connection ends in exactly one
-call of `finish`, with exactly one CloseReason, on every path.
+close_reason, proxy_protocol, upstream_proxy_protocol, rtt_us and retransmits are ours. Every
+connection ends in exactly one call of World.ended, with exactly one CloseReason, on every path.
 
 A line is one expression, 2 µs, not a call of logging, which takes 6 µs for two words.
 """
