@@ -30,6 +30,7 @@ SMALLEST_HEADER_CAP = 107
 # buffer, 16 KiB by default, together with what follows.
 LONGEST_AUTHORITY = 255
 LONGEST_OWN_VALUE = 1024
+LONGEST_OWN = 8192
 
 
 class Backend(StrEnum):
@@ -274,6 +275,11 @@ def _send_tlvs(t: Table) -> SendTlvs:
         unique_id=t.flag("unique_id", d.unique_id),
         crc32c=t.flag("crc32c", d.crc32c),
     )
+    if tlvs.forward is not None and tlvs.forward & {0x03, 0x04}:
+        text = "0x03, a checksum, is never forwarded (crc32c = true makes one), nor 0x04, padding"
+        t.problem("forward", text)
+    if sum(3 + len(value) for _, value in tlvs.own) > LONGEST_OWN:
+        t.problem("own", f"takes more than {LONGEST_OWN} bytes together")
     t.finish()
     return tlvs
 

@@ -7,8 +7,8 @@ LOCAL, v1 UNKNOWN; the upstream then takes the connection for what it is.
 TLVs of the inbound header are forwarded as they came: those of the types asked for, in their order,
 duplicates too. Never the checksum, which was right for another header. A header's length has 16
 bits, and so all of it may not fit any more (addresses grow from IPv4 to IPv6, TLVs of our own are
-added): what does not fit is left out whole and counted. A length that wrapped round would let a
-client write a header of its choice (CVE-2026-47692). Pure.
+added): what does not fit beside ours is left out whole and counted. A length that wrapped round
+would let a client write a header of its choice (CVE-2026-47692). Pure.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ def announcer(
         client: Client, dst: OriginalDst, header: Header | None
     ) -> tuple[bytes, Announcement]:
         source, destination = _ends(client, dst, header)
-        tlvs = _tlvs(options, header.tlvs if header is not None else (), random)
-        sent = _fitting(tlvs)
+        came, ours = _tlvs(options, header.tlvs if header is not None else (), random)
+        sent = (*_fitting(came, ours), *ours)
         unique = next((each.value.hex() for each in sent if each.type == tlv.UNIQUE_ID), "")
         made = encode_v2(source, destination, sent, crc32c=options.crc32c)
-        return made, Announcement(2, unique, len(tlvs) - len(sent))
+        return made, Announcement(2, unique, len(came) + len(ours) - len(sent))
 
     return announce_v2
 
@@ -79,26 +79,28 @@ def _ends(
     return header.source, header.destination
 
 
-def _tlvs(options: SendTlvs, came: tuple[Tlv, ...], random: Callable[[int], bytes]) -> list[Tlv]:
-    """All that are to be sent, those that were forwarded first."""
-    wanted = options.forward
-    tlvs = [
-        each
-        for each in came
-        if each.type not in (tlv.CRC32C, tlv.NOOP) and (wanted is None or each.type in wanted)
+def _tlvs(
+    options: SendTlvs, came: tuple[Tlv, ...], random: Callable[[int], bytes]
+) -> tuple[list[Tlv], list[Tlv]]:
+    """Those to be forwarded, and ours. What has the type of an own one is nobody else's to say."""
+    wanted, barred = options.forward, {tlv.CRC32C, tlv.NOOP, *(kind for kind, _ in options.own)}
+    forwarded = [
+        each for each in came if each.type not in barred and (wanted is None or each.type in wanted)
     ]
-    there = {each.type for each in tlvs}
+    there = {each.type for each in forwarded}
+    ours = []
     if options.authority and tlv.AUTHORITY not in there:
-        tlvs.append(Tlv(tlv.AUTHORITY, options.authority.encode()))
+        ours.append(Tlv(tlv.AUTHORITY, options.authority.encode()))
     if options.unique_id and tlv.UNIQUE_ID not in there:
-        tlvs.append(Tlv(tlv.UNIQUE_ID, random(_UNIQUE_ID_SIZE)))
-    tlvs += (Tlv(kind, value) for kind, value in options.own)
-    return tlvs
+        ours.append(Tlv(tlv.UNIQUE_ID, random(_UNIQUE_ID_SIZE)))
+    ours += (Tlv(kind, value) for kind, value in options.own)
+    return forwarded, ours
 
 
-def _fitting(tlvs: list[Tlv]) -> list[Tlv]:
-    """Those for which there is room, in order."""
-    room, fitting = _ROOM, []
+def _fitting(tlvs: list[Tlv], ours: list[Tlv]) -> list[Tlv]:
+    """Those for which there is room beside ours, in order."""
+    room = _ROOM - sum(_TLV_HEAD + len(each.value) for each in ours)
+    fitting = []
     for each in tlvs:
         size = _TLV_HEAD + len(each.value)
         if size <= room:

@@ -115,12 +115,16 @@ def serve(
             life.header, early = yield from read_header(downstream, expected, listener, world)
         plan = plan_for(peer, life.dst, life.header, listener.source, lane.own_ports, world.kind_of)
         plan = agreed(plan, life, world)
-        own = b"" if lane.announce is None else announced(lane.announce, life, world)
+        own, said = b"", None
+        if lane.announce is not None:
+            own, said = lane.announce(plan.client, life.dst, life.header)
         early = own + early
         began = world.now()
         upstream = yield from dial(plan, began + listener.connect_timeout_s, world, bool(early))
         world.connected(world.now() - began)
-        life.source = upstream.source
+        life.source, life.announced = upstream.source, said
+        if said is not None and said.left_out:
+            world.count_left_out(said.left_out)
         relay = Passage(lane, life, world, (downstream, upstream.stream), early, len(own))
     except (PeerError, UpstreamError) as failure:
         life.reason, life.detail = failure.reason, failure.detail
@@ -139,16 +143,6 @@ def read_what_is_here(downstream: Stream, world: World) -> bytes:
     """
     n = read(downstream, world, _AT_HAND)
     return bytes(world.view[:n]) if n else b""
-
-
-def announced(announce: Announcer, life: Record, world: World) -> bytes:
-    """The PROXY header that goes ahead of the payload."""
-    assert life.client is not None  # it is agreed who that is, and where to
-    assert life.dst is not None
-    header, life.announced = announce(life.client, life.dst, life.header)
-    if life.announced.left_out:
-        world.count_left_out(life.announced.left_out)
-    return header
 
 
 def read_header(

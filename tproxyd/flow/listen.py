@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import errno
 import socket
-import sys
 from functools import lru_cache
 from typing import Any
 
@@ -111,7 +110,13 @@ def endpoint(address: Any) -> Endpoint:  # noqa: ANN401 - what the socket module
             host = fold(host)
         elif address[3]:
             host = f"{host}%{address[3]}"
-    return endpoint_of((sys.intern(host), address[1]))
+    return endpoint_of((_one(host), address[1]))
+
+
+@lru_cache(maxsize=4096)
+def _one(host: str) -> str:
+    """The first of equal strings. (sys.intern would keep them for ever, in some Pythons 3.12.)"""
+    return host
 
 
 # For addresses of which there are few, those of our own side: one object for all.

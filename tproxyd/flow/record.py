@@ -142,11 +142,12 @@ class Record:
         via = f" via {self.peer}" if named else ""
         as_whom = f" as {self.source}" if self.source else ""
         why = f" ({self.detail})" if self.detail else ""
+        said = "" if self.announced is None else f" said {_announced(self.announced)}"
         return (
             f"{timestamp(self.wall)} {self.listener} {self.client or self.peer}{via}"
             f" -> {self.upstream or self.dst or '?'}{as_whom}"
             f" {self.reason._value_}{why} {(now - self.started) * 1000:.0f}ms"
-            f" {self.received}B up {self.sent}B down rtt {self.rtt_us}us\n"
+            f" {self.received}B up {self.sent}B down rtt {self.rtt_us}us{said}\n"
         )
 
 

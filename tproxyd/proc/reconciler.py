@@ -125,6 +125,9 @@ def serve(sock: socket.socket, config: Config, load: Callable[[Config], Kernel])
                 answer = {"report": asdict(kernel(Verb(json.loads(line))))}
             except KernelError as error:
                 answer = {"error": [error.action, error.why, error.hint]}
+            except ImportError as error:  # replaced or removed since the start
+                again = "install tproxyd again, then: tproxyd clean"
+                answer = {"error": ["load what writes to the kernel", str(error), again]}
             stream.write(json.dumps(answer) + "\n")
             stream.flush()
 

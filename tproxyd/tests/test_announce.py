@@ -111,6 +111,13 @@ def test_what_the_client_says_of_itself_is_not_said_twice() -> None:
     assert said.unique_id == b"id".hex()
 
 
+def test_nobody_says_what_is_ours_to_say() -> None:
+    forged = Tlv(0xE4, b"forged")
+    header, said = announce("v2", EVERYTHING)(CLIENT, DST, came(forged, A))
+    assert [each for each in read(header).tlvs if each.type == 0xE4] == [Tlv(0xE4, b"own")]
+    assert said.left_out == 0
+
+
 def test_what_does_not_fit_is_left_out_whole() -> None:
     """Nearly 64 KiB came, over IPv4; the client in it is an IPv6 one, and we add to it."""
     big = Tlv(0xE0, bytes(0xFFFF - 12 - 3 - 3 - len(A.value)))

@@ -251,6 +251,12 @@ LISTENER = [
     (f'{V2}send_tlvs.forward = "some"', "send_tlvs.forward", 'is not a list, for example "all" or'),
     (f"{V2}send_tlvs.forward = [256]", "send_tlvs.forward[0]", "256 is not a TLV type"),
     (f"{V2}send_tlvs.forward = [true]", "send_tlvs.forward[0]", "true is not a TLV type"),
+    (f"{V2}send_tlvs.forward = [3]", "send_tlvs.forward", "crc32c = true makes one"),
+    (
+        V2 + f'[[listener.send_tlvs.own]]\ntype = 0xE4\nvalue = "{"a" * 1000}"\n' * 9,
+        "send_tlvs.own",
+        "more than 8192 bytes together",
+    ),
     (f"{V2}send_tlvs.crc32c = 1", "send_tlvs.crc32c", "1 is neither true nor false"),
     (f'{V2}send_tlvs.authority = "{"a" * 256}"', "send_tlvs.authority", "longer than 255 bytes"),
     (f"{V2}send_tlvs.own = [1]", "send_tlvs.own", "write [[listener.send_tlvs.own]] above each"),

@@ -482,6 +482,13 @@ def test_tlvs_that_do_not_fit_are_counted() -> None:
         send_tlvs=SendTlvs(forward=None, own=((0xE4, bytes(1000)),)),
         max_header_bytes=LARGEST_HEADER,
     )
-    book << "client recv" >> big << "count header 2 accepted" << "count left out 1"
-    sent = encode_v2(FAR, APP, [Tlv(0xE0, bytes(65_000))])
-    (book << dials(AS_FAR) << f"relay, first {sent!r}" >> FIN_NAMED << ENDED).play()
+    book << "client recv" >> big << "count header 2 accepted" << dials(AS_FAR)
+    sent = encode_v2(FAR, APP, [Tlv(0xE4, bytes(1000))])
+    (book << "count left out 1" << f"relay, first {sent!r}" >> FIN_NAMED << ENDED).play()
+
+
+def test_nothing_was_said_to_an_upstream_that_was_never_there() -> None:
+    book = Playbook(send_proxy="v1") << "socket IPv4 as client" << f"bind {AS_PEER}"
+    book << f"connect {APP}" >> errno.ECONNREFUSED << "close upstream"
+    life = (book << "end client by RST: upstream_refused").play()
+    assert life.announced is None

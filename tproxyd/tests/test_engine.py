@@ -491,3 +491,13 @@ def test_the_loop_runs_the_engine(engine: Engine, loop: asyncio.AbstractEventLoo
         engine.watch(ours, Seen(happened.set_result), READ_AND_WRITE)
         assert run(loop, happened) & select.EPOLLOUT
         engine.forget(ours)
+
+
+def test_a_bug_in_its_deadline_ends_a_connection(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It has no deadline any more, so nothing else would."""
+    monkeypatch.setattr(Relay, "on_timer", bug)
+    rig.engine.start(rig.walk(Limits(0.05, 5.0)))
+    assert rig.run(rig.outcome).reason is CloseReason.INTERNAL
+    assert "ZeroDivisionError" in caplog.text

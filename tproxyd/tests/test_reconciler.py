@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import pytest
 
 from tproxyd.config import Config
 from tproxyd.proc import reconciler, supervisor
-from tproxyd.proc.reconciler import Kernel, Report
+from tproxyd.proc.reconciler import Kernel, Report, Verb
 from tproxyd.tests.daemons import (
     Daemon,
     cannot_be_read,
@@ -170,3 +172,25 @@ def test_many_who_ask_cause_one_look(monkeypatch: pytest.MonkeyPatch) -> None:
         daemon.wait_ready()
         answers = {daemon.get("/readyz")[1] for _ in range(5)}
         assert answers == {"kernel state: drift; to do: look 1\n"}
+
+
+def test_a_library_that_is_gone_meanwhile_is_an_error_that_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The process that cleans loads it then, perhaps weeks after the start."""
+
+    def gone(_config: Config) -> Kernel:
+        def kernel(_verb: Verb) -> Report:
+            raise ModuleNotFoundError("No module named 'pyroute2'")
+
+        return kernel
+
+    monkeypatch.setattr(reconciler, "name_process", lambda _name: None)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.sendall(json.dumps(Verb.CLEAN).encode() + b"\n")
+        ours.shutdown(socket.SHUT_WR)
+        reconciler.serve(theirs, Config(), gone)
+        what, why, hint = json.loads(ours.recv(4096))["error"]
+    assert (what, why) == ("load what writes to the kernel", "No module named 'pyroute2'")
+    assert "tproxyd clean" in hint

@@ -163,7 +163,8 @@ def test_text() -> None:
     assert formatter(LogFormat.TEXT)(life, 101.2345) == (
         "2025-12-31T23:59:59.999Z inbound [2001:db8::7]:51234 via 10.9.1.2:40000"
         " -> 10.9.1.1:80 as [2001:db8::7]:16722 upstream_fin (why) 1234ms"
-        " 3B up 5B down rtt 250us\n"
+        " 3B up 5B down rtt 250us"
+        ' said {"version": 2, "unique_id": "00ff", "tlvs_left_out": 3}\n'
     )
     bare = Record("inbound", PEER, 0.0, 0.0)
     assert formatter(LogFormat.TEXT)(bare, 0.5) == (

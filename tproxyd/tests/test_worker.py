@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -490,3 +491,17 @@ def test_what_a_connection_inherits_from_its_listener() -> None:
                 assert not os.get_inheritable(accepted.fileno())
         with pytest.raises(BlockingIOError):
             listen.accept(sock)
+
+
+def test_how_many_are_accepted_at_a_time() -> None:
+    """One after a silence; twice as many for as long as each round of events finds more. In a crowd
+    of more ready sockets than one epoll_wait tells, a round is several turns of the engine.
+    """
+    taken: list[int] = []
+    worker_ = SimpleNamespace(engine=SimpleNamespace(rounds=0))
+    worker_.accept = lambda _door, count: taken.append(count)
+    with socket.socket() as sock:
+        door = worker.Door(worker_, sock, None)  # type: ignore[arg-type]
+        for worker_.engine.rounds in (5, 6, 7, 7, 7, 8, 9, 10, 20):
+            door.on_event(1)
+    assert taken == [1, 2, 4, 8, 16, 32, 64, 64, 1]
