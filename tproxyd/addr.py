@@ -12,6 +12,7 @@ Pure: no sockets here.
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Iterable
 from functools import lru_cache, partial
 from typing import NamedTuple, NewType
@@ -21,7 +22,10 @@ IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 class Endpoint(NamedTuple):
-    """An IP address as canonical text and a TCP port."""
+    """An IP address as canonical text and a TCP port.
+
+    Of an upstream also: a name and a port; or the path of a unix socket, and port 0.
+    """
 
     host: str
     port: int
@@ -31,6 +35,8 @@ class Endpoint(NamedTuple):
         return ":" in self.host
 
     def __str__(self) -> str:
+        if self.host.startswith("/"):
+            return f"unix:{self.host}"
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
@@ -75,6 +81,58 @@ def parse_endpoint(text: str) -> Endpoint:
         return Endpoint(fold(host), int(port))
     except ValueError:
         raise ValueError(f'"{text}": "{host}" is not an IP address') from None
+
+
+def is_unix(upstream: Endpoint) -> bool:
+    return upstream.host.startswith("/")
+
+
+def is_name(upstream: Endpoint) -> bool:
+    """Whether its host has to be looked up."""
+    if is_unix(upstream):
+        return False
+    try:
+        ipaddress.ip_address(upstream.host)
+    except ValueError:
+        return True
+    return False
+
+
+# sun_path of sockaddr_un has 108 bytes, one of them for the closing NUL (linux/un.h).
+_LONGEST_PATH = 107
+# RFC 1123, 2.1, and the underscore that people use all the same. The last label has a letter: what
+# has none is an address with a mistake in it.
+_LABEL = r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?"
+_NAME = re.compile(rf"({_LABEL}\.)*(?=[a-z0-9_-]*[a-z]){_LABEL}\.?", re.IGNORECASE)
+
+
+def parse_upstream(text: str) -> Endpoint:
+    """ "10.0.0.5:80", "[fd00::5]:80", "app.example:80" or "unix:/run/app.sock".
+
+    ValueError that says what is wrong.
+    """
+    if text.startswith("unix:"):
+        path = text.removeprefix("unix:")
+        if not path.startswith("/") or "\0" in path or len(path.encode()) > _LONGEST_PATH:
+            raise ValueError(
+                f'"{text}": the path of a unix socket begins with / and has at most'
+                f" {_LONGEST_PATH} bytes"
+            )
+        return Endpoint(path, 0)
+    host, _, port = text.rpartition(":")
+    if _NAME.fullmatch(host) and len(host) <= 253 and port.isascii() and port.isdigit():
+        where = Endpoint(host.lower(), int(port))
+    else:
+        try:
+            where = parse_endpoint(text)
+        except ValueError:
+            raise ValueError(
+                f'"{text}" is not ADDRESS:PORT, NAME:PORT or unix:/PATH,'
+                ' for example "10.0.0.5:80" or "[fd00::5]:80"'
+            ) from None
+    if not 1 <= where.port <= 65535:
+        raise ValueError(f'"{text}": a port is a number from 1 to 65535')
+    return where
 
 
 class PrefixSet:

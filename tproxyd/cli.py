@@ -20,7 +20,8 @@ from collections.abc import Callable, Sequence
 
 from tproxyd import __version__
 from tproxyd.addr import Endpoint
-from tproxyd.config import Backend, Config, parse
+from tproxyd.config import Backend, Config
+from tproxyd.configfile import parse
 from tproxyd.errors import ConfigError, KernelError, Problem, TproxydError
 
 DEFAULT_FILE = "/etc/tproxyd/tproxyd.toml"

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from enum import StrEnum
 from typing import TypeVar
 
-from tproxyd.addr import PrefixSet, parse_prefix
+from tproxyd.addr import Endpoint, PrefixSet, parse_prefix, parse_upstream
 from tproxyd.errors import Problem
 
 PortRanges = tuple[tuple[int, int], ...]  # closed ranges, sorted, merged: ((80, 80), (8000, 8100))
@@ -147,6 +147,24 @@ class Table:
         items = self._each(key, _interface, '["eth0", "veth*"]')
         return default if items is None else tuple(sorted(set(map(str, items))))
 
+    def upstreams(self, key: str, default: tuple[Endpoint, ...]) -> tuple[Endpoint, ...]:
+        """A list of upstreams, or () for "original"."""
+        if self.data.get(key) == "original":
+            self._get(key)
+            return ()
+        items = self._each(
+            key,
+            lambda entry: parse_upstream(_str(entry)),
+            '["10.0.0.5:80", "app.example:80"], nor "original"',
+        )
+        if items == [] and self.data.get(key) == []:
+            self.problem(key, 'is empty; name one, or say "original" where it intercepts')
+        return default if items is None else tuple(dict.fromkeys(items))  # type: ignore[arg-type]
+
+    def numbers(self, key: str, default: tuple[int, ...]) -> tuple[int, ...]:
+        items = self._each(key, _id, "[1337]")
+        return default if items is None else tuple(sorted(set(items)))  # type: ignore[arg-type]
+
     def types(self, key: str, default: frozenset[int] | None) -> frozenset[int] | None:
         """TLV types as a list of bytes; None for "all"."""
         if self.data.get(key) == "all":
@@ -193,6 +211,13 @@ def _byte(entry: object) -> int:
     if isinstance(entry, int) and not isinstance(entry, bool) and 0 <= entry <= 0xFF:
         return entry
     raise ValueError(f"{_show(entry)} is not a TLV type, a number from 0 to 255")
+
+
+def _id(entry: object) -> int:
+    # (uid_t)-1 means "none".
+    if isinstance(entry, int) and not isinstance(entry, bool) and 0 <= entry < 0xFFFF_FFFF:
+        return entry
+    raise ValueError(f"{_show(entry)} is not the number of a user or group")
 
 
 def _interface(entry: object) -> str:

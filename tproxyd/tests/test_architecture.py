@@ -23,12 +23,13 @@ ALLOWED = {
     "errors": set[str](),
     "reader": {"addr", "errors"},
     "linux": {"addr"},
-    "config": {"addr", "errors", "reader"},
+    "config": {"addr", "reader"},
+    "configfile": {"config", "addr", "errors", "reader"},
     "flow": {"config", "addr", "errors", "linux"},
     "kernel": {"config", "reader", "addr", "errors", "linux"},
     "proc": {"flow", "config", "reader", "addr", "errors", "linux"},
     "doctor": {"proc", "flow", "kernel", "config", "addr", "errors", "linux"},
-    "cli": {"doctor", "proc", "flow", "kernel", "config", "addr", "errors", "linux"},
+    "cli": {"doctor", "proc", "flow", "kernel", "config", "configfile", "addr", "errors", "linux"},
     "__main__": {"cli"},
 }
 # Only inside a function: the reconciler runs in a child process of its own, and no worker carries
@@ -38,6 +39,7 @@ ALLOWED_IN_FUNCTIONS = {"proc": {"kernel"}}
 PURE = {
     "addr",
     "config",
+    "configfile",
     "errors",
     "reader",
     "kernel.state",

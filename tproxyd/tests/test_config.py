@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from tproxyd.addr import Endpoint, PrefixSet, parse_prefix
 from tproxyd.config import (
-    LARGEST_HEADER,
     Backend,
     Config,
     HeaderPolicy,
@@ -25,8 +24,8 @@ from tproxyd.config import (
     SendProxy,
     SendTlvs,
     SourceKind,
-    parse,
 )
+from tproxyd.configfile import LARGEST_HEADER, parse
 from tproxyd.errors import ConfigError
 from tproxyd.reader import EVERY_PORT, merge_ranges
 

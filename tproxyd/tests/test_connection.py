@@ -11,7 +11,8 @@ import errno
 import pytest
 
 from tproxyd.addr import Endpoint
-from tproxyd.config import LARGEST_HEADER, SendTlvs
+from tproxyd.config import SendTlvs
+from tproxyd.configfile import LARGEST_HEADER
 from tproxyd.errors import CloseReason
 from tproxyd.flow.announce import Announcement
 from tproxyd.flow.connect import rotate

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tproxyd.config import Config, Intercept, Listener, Log, Rules, SendTlvs, parse
+from tproxyd.config import Config, Intercept, Listener, Log, Rules, SendTlvs
+from tproxyd.configfile import parse
 
 PATH = Path(__file__).resolve().parents[2] / "systemd" / "tproxyd.toml"
 TEXT = PATH.read_text()

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tproxyd.config import Config, ReturnPath, parse
+from tproxyd.config import Config, ReturnPath
+from tproxyd.configfile import parse
 from tproxyd.kernel.desired import Facts, desired, mark_mask, notes, return_path
 from tproxyd.kernel.firewall import Chain, Goto, Rule
 from tproxyd.kernel.state import (

@@ -17,7 +17,7 @@ import pytest
 from tproxyd import linux
 from tproxyd.addr import PrefixSet, parse_prefix
 from tproxyd.config import Config
-from tproxyd.config import parse as parse_config
+from tproxyd.configfile import parse as parse_config
 from tproxyd.errors import KernelError
 from tproxyd.kernel import nft
 from tproxyd.kernel.desired import Facts, desired

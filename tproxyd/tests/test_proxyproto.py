@@ -16,7 +16,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tproxyd.addr import Endpoint, fold
-from tproxyd.config import LARGEST_HEADER
+from tproxyd.configfile import LARGEST_HEADER
 from tproxyd.errors import CloseReason
 from tproxyd.flow import tlv
 from tproxyd.flow.proxyproto import NEED_MORE, Header, describe, encode_v1, encode_v2, parse

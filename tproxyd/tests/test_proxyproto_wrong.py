@@ -10,7 +10,8 @@ import struct
 import pytest
 
 from tproxyd.addr import Endpoint
-from tproxyd.config import LARGEST_HEADER, Listener
+from tproxyd.config import Listener
+from tproxyd.configfile import LARGEST_HEADER
 from tproxyd.errors import CloseReason, PeerError
 from tproxyd.flow import tlv
 from tproxyd.flow.proxyproto import (
