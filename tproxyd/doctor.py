@@ -23,11 +23,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from tproxyd.addr import Endpoint
+from tproxyd.addr import Client, Endpoint, Upstream
 from tproxyd.config import Config, ReturnPath
 from tproxyd.errors import KernelError
 from tproxyd.flow.connect import Sockets
 from tproxyd.flow.listen import has_ipv6
+from tproxyd.flow.policy import Plan
 from tproxyd.linux import (
     CAP_NET_ADMIN,
     CAP_NET_RAW,
@@ -122,7 +123,9 @@ def kernel(_: Patient) -> Iterator[Check]:
 
 def transparent_socket(patient: Patient) -> Iterator[Check]:
     try:
-        Sockets(patient.config.mark).upstream_socket(v6=False, spoof=True).close()
+        nobody = Endpoint("127.0.0.1", 0)
+        plan = Plan(Client(nobody), Upstream(nobody), spoof=True)
+        Sockets(patient.config.mark).upstream_socket(plan).close()
     except OSError as error:
         remedy = "see the capabilities above; a seccomp filter or an old kernel can forbid it too"
         detail = f"IP_TRANSPARENT and SO_MARK: {error.strerror}"
@@ -311,10 +314,11 @@ def _spoofed_connect(client: Endpoint, own: str, mark: int) -> Endpoint:
         listener.bind((own, 0))
         listener.listen(1)
         listener.settimeout(_ROUND_TRIP_S)
-        spoofed = Sockets(mark).upstream_socket(client.is_v6, spoof=True)
+        there = Upstream(Endpoint(*listener.getsockname()[:2]))
+        spoofed = Sockets(mark).upstream_socket(Plan(Client(client), there, spoof=True))
         stack.callback(spoofed.close)
         spoofed.bind(client)
-        code = spoofed.connect_ex(listener.getsockname()[:2])
+        code = spoofed.connect_ex(there)
         if code != errno.EINPROGRESS:
             raise OSError(code, os.strerror(code))
         try:

@@ -33,6 +33,8 @@ class CloseReason(StrEnum):
     CLIENT_REFUSED = "client_refused"  # the header names an address that nobody may claim
     LOOP = "loop"  # the original destination is our own listener
     OVERLOAD = "overload"  # max_connections was reached
+    CLIENT_OVERLOAD = "client_overload"  # one of the limits per client was reached
+    NO_UPSTREAM = "no_upstream"  # every upstream is down, ejected, or not resolved yet
     UPSTREAM_REFUSED = "upstream_refused"  # connect: ECONNREFUSED
     UPSTREAM_UNREACHABLE = "upstream_unreachable"  # connect: no route, or prohibited
     UPSTREAM_TIMEOUT = "upstream_timeout"  # connect: no answer within connect_timeout_s

@@ -20,6 +20,8 @@ from tproxyd.addr import Endpoint
 IP_TRANSPARENT = 19
 IP_BIND_ADDRESS_NO_PORT = 24
 IPV6_TRANSPARENT = 75
+IPV6_FREEBIND = 78
+SO_ORIGINAL_DST = 80  # include/uapi/linux/netfilter_ipv4.h, and the same for IPv6
 # include/uapi/asm-generic/socket.h
 SO_MARK = 36
 # include/uapi/linux/sock_diag.h, inet_diag.h

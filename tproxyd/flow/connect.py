@@ -32,6 +32,11 @@ What we do:
 - An explicit port needs SO_REUSEADDR, because of TIME_WAIT, and does not go together with
   IP_BIND_ADDRESS_NO_PORT; the kernel's choice wants exactly that one.
 
+Toward a backend on another host nothing of that can happen: its connections have their own tuples
+here. What is left is the same backend and the same source again within TIME_WAIT (EADDRNOTAVAIL).
+So there the client's own port can be kept, where it is asked for and free. The socket carries no
+mark, which would send its packets to lo; how the answers come home is kernel/desired.py's affair.
+
 And about the handshake: when the client's first bytes are at hand before we connect, they can carry
 the last ACK of the handshake (TCP_QUICKACK off delays it, tcp_rcv_synsent_state_process). That
 saves a segment and wakes the application once instead of twice: 77 µs against 88 for a connection
@@ -44,16 +49,18 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from tproxyd.addr import Endpoint, Source, endpoint_of
 from tproxyd.errors import CloseReason, UpstreamError
+from tproxyd.flow.listen import KEEPALIVE_IDLE_S
 from tproxyd.flow.policy import Plan
 from tproxyd.flow.stream import Step, Stream, Wait
 from tproxyd.flow.tally import PortCause
 from tproxyd.linux import (
     IP_BIND_ADDRESS_NO_PORT,
     IP_TRANSPARENT,
+    IPV6_FREEBIND,
     IPV6_TRANSPARENT,
     SO_MARK,
     TCP_LISTEN,
@@ -79,19 +86,19 @@ ATTEMPTS = _OWN_CHOICES + _KERNEL_CHOICES
 _SECOND_LOOK_S = 0.05
 
 
-_INET, _INET6 = int(socket.AF_INET), int(socket.AF_INET6)
+_INET, _INET6, _UNIX = int(socket.AF_INET), int(socket.AF_INET6), int(socket.AF_UNIX)
 _STREAM = socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
 
 
 class Dialled(NamedTuple):
     stream: Stream
-    source: Source  # what the upstream sees
+    source: Source | None  # what the upstream sees; a unix socket sees nothing
 
 
 class Network(Protocol):
     """The kernel as dialling needs it."""
 
-    def upstream_socket(self, v6: bool, spoof: bool, speaks: bool) -> Stream: ...
+    def upstream_socket(self, plan: Plan, speaks: bool) -> Stream: ...
     def late_bind(self, stream: Stream) -> None: ...
     def close(self, stream: Stream) -> None: ...
     def tuple_state(self, local: Endpoint, remote: Endpoint) -> int: ...
@@ -104,12 +111,16 @@ def rotate(port: int) -> int:
     return _LOWEST + (port - _LOWEST + _SHIFT) % _PORTS
 
 
-def source_port(client_port: int, attempt: int) -> int:
+def source_port(client_port: int, attempt: int, keep: bool = False) -> int:
     """The port to try, best first; 0 means that the kernel chooses.
 
-    The client's own is never among them (shift and stride see to that): its tuple is the downstream
-    socket itself.
+    With `keep` the first is the client's own. Otherwise that is never among them (shift and stride
+    see to that): on one host its tuple is the downstream socket itself.
     """
+    if keep:
+        if attempt == 0:
+            return client_port
+        attempt -= 1
     if attempt >= _OWN_CHOICES:
         return 0
     return _LOWEST + (client_port - _LOWEST + _SHIFT + attempt * _STRIDE) % _PORTS
@@ -122,26 +133,32 @@ def dial(plan: Plan, deadline: float, network: Network, speaks: bool = False) ->
     it is connected.
     """
     client, upstream, spoof = plan.client, plan.upstream, plan.spoof
-    v6 = ":" in upstream.host
-    for attempt in range(ATTEMPTS if spoof else 1):
-        source: Source | None = None  # our own address
-        stream = network.upstream_socket(v6, spoof, speaks)
+    unix = upstream.host[0] == "/"
+    where = upstream.host if unix else upstream
+    for attempt in range(ATTEMPTS + plan.keep_port if spoof else 1):
+        source: Source | None = None  # the kernel's choice
+        stream = network.upstream_socket(plan, speaks)
         connected = False
+        port = 0
         try:
             if spoof:
-                port = source_port(client.port, attempt)
+                port = source_port(client.port, attempt, plan.keep_port)
                 if port == 0:
                     network.count_port_retry(PortCause.KERNEL_CHOICE)
                     network.late_bind(stream)
                 source = Source(endpoint_of((client.host, port)))
                 stream.bind(source)
-            code = stream.connect_ex(upstream)
+            elif plan.own:
+                network.late_bind(stream)
+                stream.bind(endpoint_of((plan.own, 0)))
+            code = stream.connect_ex(where)
             if code == errno.EINPROGRESS:
-                code = stream.connect_ex(upstream)  # 0 if a local upstream is there already
+                # 0 if an upstream on this host is there already.
+                code = stream.connect_ex(where) if plan.here else errno.EALREADY
             if code == errno.EALREADY:
                 code = yield from _unfinished(stream, plan, source, deadline, network)
             if code in (0, errno.EISCONN):
-                if source is None or source.port == 0:
+                if not unix and (source is None or source.port == 0):
                     host, port, *_ = stream.getsockname()
                     source = Source(Endpoint(host, port))
                 connected = True
@@ -151,6 +168,8 @@ def dial(plan: Plan, deadline: float, network: Network, speaks: bool = False) ->
                 raise _failure(code, plan)
         except OSError as error:  # of bind
             cause = _BIND_CAUSES.get(error.errno or 0)
+            if error.errno == errno.EACCES and 0 < port < _LOWEST:
+                cause = PortCause.PRIVILEGED
             if cause is None:
                 raise
         finally:
@@ -180,7 +199,7 @@ def _unfinished(
     """Wait for a connect in progress; its errno, 0 for success, EEXIST for a held tuple."""
     # Times, not a count: a spurious event, say the client's, must not use up the second look.
     now = network.now()
-    looks = [] if source is None else [now, now + _SECOND_LOOK_S]
+    looks = [now, now + _SECOND_LOOK_S] if plan.spoof and plan.here else []
     while True:
         if looks and now >= looks[0]:
             del looks[0]
@@ -211,7 +230,7 @@ def _held(stream: Stream, plan: Plan, network: Network) -> bool:
 
 def _failure(code: int, plan: Plan) -> Exception:
     what = f"connect to {plan.upstream}: {os.strerror(code)}"
-    if code == errno.ECONNREFUSED:
+    if code in (errno.ECONNREFUSED, errno.EAGAIN):  # EAGAIN: the queue of a unix socket is full
         return UpstreamError(CloseReason.UPSTREAM_REFUSED, what)
     if code == errno.ETIMEDOUT:
         return UpstreamError(CloseReason.UPSTREAM_TIMEOUT, what)
@@ -233,31 +252,47 @@ _UNREACHABLE = frozenset(
         errno.EINVAL,  # a route of type blackhole
         errno.ENOPROTOOPT,  # ICMP protocol unreachable
         errno.ECONNABORTED,
+        errno.ENOENT,  # no such unix socket
+        errno.ENOTDIR,
+        errno.EPROTOTYPE,  # a unix socket of another type
     )
 )
 
 
 class Sockets:
-    """Upstream sockets, really. `mark` is that of spoofed sockets on this host."""
+    """Upstream sockets, really.
 
-    def __init__(self, mark: int) -> None:
-        self._mark = mark
+    `mark` is that of spoofed sockets on this host, `own_mark` that of all others, 0 for none.
+    """
+
+    def __init__(self, mark: int, own_mark: int = 0) -> None:
+        self._mark, self._own_mark = mark, own_mark
         self._lookup = TupleLookup()
 
-    def upstream_socket(self, v6: bool, spoof: bool, speaks: bool = False) -> socket.SocketType:
+    def upstream_socket(self, plan: Plan, speaks: bool = False) -> socket.SocketType:
+        host, spoof, here = plan.upstream.host, plan.spoof, plan.here
+        if host[0] == "/":
+            return UnixSocket(_UNIX, _STREAM)
+        v6 = ":" in host
         sock = socket.SocketType(_INET6 if v6 else _INET, _STREAM)
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            # No keep-alive: the other end is on this host, whose kernel tells when it goes.
             if speaks:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
+            if not here:  # when an upstream on this host goes, its kernel tells
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
             if spoof:
                 if v6:
                     sock.setsockopt(socket.IPPROTO_IPV6, IPV6_TRANSPARENT, 1)
                 else:
                     sock.setsockopt(socket.IPPROTO_IP, IP_TRANSPARENT, 1)
-                sock.setsockopt(socket.SOL_SOCKET, SO_MARK, self._mark)
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            elif plan.own and v6:
+                sock.setsockopt(socket.IPPROTO_IPV6, IPV6_FREEBIND, 1)  # ::6 is on no interface
+            mark = self._mark if spoof and here else self._own_mark
+            if mark:
+                sock.setsockopt(socket.SOL_SOCKET, SO_MARK, mark)
         except BaseException:
             sock.close()
             raise
@@ -272,3 +307,13 @@ class Sockets:
 
     def finish(self) -> None:
         self._lookup.close()
+
+
+class UnixSocket(socket.SocketType):
+    """A unix socket that may be told what only a TCP one needs to hear."""
+
+    __slots__ = ()
+
+    def setsockopt(self, level: int, *option: Any) -> None:  # noqa: ANN401
+        if level != socket.IPPROTO_TCP:
+            super().setsockopt(level, *option)

@@ -14,13 +14,14 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Protocol
 
-from tproxyd.addr import Peer
-from tproxyd.config import HeaderPolicy, Listener
+from tproxyd.addr import Client, OriginalDst, Peer, Upstream
+from tproxyd.config import HeaderPolicy, Listener, Scope
 from tproxyd.errors import CloseReason, PeerError, UpstreamError
 from tproxyd.flow.announce import Announcer
+from tproxyd.flow.balance import Cluster
 from tproxyd.flow.connect import Dialled, Network, dial
 from tproxyd.flow.origdst import original_destination
-from tproxyd.flow.policy import Plan, Refusal, plan_for
+from tproxyd.flow.policy import Plan, Refusal, client_of, plan_for
 from tproxyd.flow.proxyproto import (
     NEED_MORE,
     NOT_PROXY,
@@ -49,7 +50,14 @@ class World(Network, Protocol):
     def count_header(self, version: str, result: HeaderResult) -> None: ...
     def count_fallback(self, cause: str) -> None: ...
     def count_left_out(self, tlvs: int) -> None: ...
+    def count_retry(self, lane: Lane) -> None: ...
+    def admits(self, lane: Lane, client: Client) -> str:
+        """ "" and the client counts from now on; or the limit that stands against it."""
+        ...
+
     def connected(self, seconds: float) -> None: ...
+    def ejected(self, lane: Lane, upstream: Upstream, seconds: float, why: str) -> None: ...
+    def returned(self, lane: Lane, upstream: Upstream) -> None: ...
     def ended(
         self, lane: Lane, life: Record, downstream: Stream, upstream: Stream | None, aborted: bool
     ) -> None: ...
@@ -64,6 +72,9 @@ class Lane:
     own_ports: frozenset[int]
     limits: Limits
     announce: Announcer | None = None  # the PROXY header that the upstream gets
+    cluster: Cluster | None = None  # None: where the client meant to go
+    destination: Callable[[Stream], OriginalDst] = original_destination
+    counts_clients: bool = False
     index: int = 0
 
 
@@ -101,26 +112,31 @@ def serve(
     Both sockets are closed by whoever has the last word, by RST unless both ended in order.
     """
     listener = lane.listener
-    life = Record(listener.name, peer, world.now(), time.time())
+    life = Record(listener, peer, world.now(), time.time())
     upstream: Dialled | None = None
     relay: Relay | None = None
     try:
         if not world.opened(lane):
             raise PeerError(CloseReason.OVERLOAD, f"max_connections = {listener.max_connections}")
-        life.dst = original_destination(downstream)
+        life.dst = lane.destination(downstream)
         expected = lane.expectation(peer.host)
         if expected is None:
             early = read_what_is_here(downstream, world)
         else:
             life.header, early = yield from read_header(downstream, expected, listener, world)
-        plan = plan_for(peer, life.dst, life.header, listener.source, lane.own_ports, world.kind_of)
-        plan = agreed(plan, life, world)
+        told = client_of(peer, life.dst, life.header, listener, lane.own_ports, world.kind_of)
+        client = agreed(told, lane, life, world)
         own, said = b"", None
         if lane.announce is not None:
-            own, said = lane.announce(plan.client, life.dst, life.header)
+            own, said = lane.announce(client, life.dst, life.header)
         early = own + early
         began = world.now()
-        upstream = yield from dial(plan, began + listener.connect_timeout_s, world, bool(early))
+        if lane.cluster is None:
+            here = listener.intercept.scope is Scope.LOCAL
+            plan = planned(client, Upstream(life.dst), here, lane, life, world)
+            upstream = yield from dial(plan, began + listener.connect_timeout_s, world, bool(early))
+        else:
+            upstream = yield from dial_one_of(lane.cluster, client, lane, life, world, bool(early))
         world.connected(world.now() - began)
         life.source, life.announced = upstream.source, said
         if said is not None and said.left_out:
@@ -205,15 +221,82 @@ def read(downstream: Stream, world: World, size: int) -> int | None:
         raise PeerError(CloseReason.DOWNSTREAM_RESET, error.strerror or "") from None
 
 
-def agreed(plan: Plan | Refusal, life: Record, world: World) -> Plan:
-    """The plan, written down; a refusal is raised as PeerError."""
-    refused = isinstance(plan, Refusal)
+def agreed(told: Client | Refusal, lane: Lane, life: Record, world: World) -> Client:
+    """The client, written down; a refusal, or a limit of that client, is raised as PeerError."""
+    refused = isinstance(told, Refusal)
     if life.header is not None:
         named = HeaderResult.LOCAL if life.header.source is None else HeaderResult.ACCEPTED
         world.count_header(str(life.header.version), HeaderResult.REFUSED if refused else named)
-    if isinstance(plan, Refusal):
-        raise PeerError(plan.reason, plan.detail)
-    life.client, life.upstream, life.fallback = plan.client, plan.upstream, plan.fallback
+    if isinstance(told, Refusal):
+        raise PeerError(told.reason, told.detail)
+    life.client = told
+    if lane.counts_clients:
+        limit = world.admits(lane, told)
+        if limit:
+            raise PeerError(CloseReason.CLIENT_OVERLOAD, f"{told.host}: {limit}")
+    return told
+
+
+def planned(
+    client: Client, upstream: Upstream, here: bool, lane: Lane, life: Record, world: World
+) -> Plan:
+    """How to connect there, written down."""
+    plan = plan_for(client, upstream, lane.listener, here)
+    life.upstream, life.fallback = plan.upstream, plan.fallback
     if plan.fallback:
         world.count_fallback(plan.fallback)
     return plan
+
+
+# What says something about the upstream, and not about us or this client.
+_ITS_FAILURES = frozenset(
+    (
+        CloseReason.UPSTREAM_REFUSED,
+        CloseReason.UPSTREAM_UNREACHABLE,
+        CloseReason.UPSTREAM_TIMEOUT,
+        CloseReason.UPSTREAM_RESET,
+    )
+)
+
+
+def dial_one_of(
+    cluster: Cluster, client: Client, lane: Lane, life: Record, world: World, speaks: bool
+) -> Step[Dialled]:
+    """Connected to the first upstream that takes it. Raises UpstreamError, OSError.
+
+    Nothing was sent to those before it, so trying the next one is always safe. What went wrong with
+    each is written down.
+    """
+    listener, tried = lane.listener, life.tried
+    while True:
+        member = cluster.choose(client, [upstream for upstream, _ in tried], world.now())
+        if member is None:
+            if tried:
+                break
+            raise UpstreamError(CloseReason.NO_UPSTREAM, "every upstream is down or unknown")
+        upstream = member.upstream
+        if tried:
+            world.count_retry(lane)
+        try:
+            if member.here and upstream.port in lane.own_ports:
+                raise PeerError(CloseReason.LOOP, f"the upstream {upstream} is our own listener")
+            plan = planned(client, upstream, member.here, lane, life, world)
+            deadline = world.now() + listener.connect_timeout_s
+            dialled = yield from dial(plan, deadline, world, speaks)
+        except UpstreamError as failure:
+            its_own = failure.reason in _ITS_FAILURES
+            pause = cluster.failed(member, world.now(), its_own)
+            if pause:
+                world.ejected(lane, upstream, pause, failure.detail)
+            last = failure
+            tried = life.tried = (*tried, (upstream, failure.detail))
+            if len(tried) >= listener.max_connect_attempts:
+                break
+        except BaseException:  # cut, while it waits
+            cluster.left(upstream)
+            raise
+        else:
+            if cluster.connected(member):
+                world.returned(lane, upstream)
+            return dialled
+    raise last

@@ -19,7 +19,7 @@ from functools import lru_cache
 from typing import Any
 
 from tproxyd.addr import Endpoint, Peer, endpoint_of, fold
-from tproxyd.config import Config, Listener
+from tproxyd.config import Config, Listener, Scope, Via
 from tproxyd.errors import KernelError
 from tproxyd.linux import IP_TRANSPARENT, IPV6_TRANSPARENT, SO_MARK
 
@@ -28,7 +28,7 @@ from tproxyd.linux import IP_TRANSPARENT, IPV6_TRANSPARENT, SO_MARK
 BACKLOG = 4096
 _INET, _INET6 = int(socket.AF_INET), int(socket.AF_INET6)
 _STREAM = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
-# Seconds of silence before the kernel asks whether the client is still there. Below the 350 s of
+# Seconds of silence before the kernel asks whether the other end is still there. Below the 350 s of
 # cloud balancers and the usual NAT time-outs, so that a quiet connection keeps its entry there.
 KEEPALIVE_IDLE_S = 300
 
@@ -42,13 +42,31 @@ def open_listeners(config: Config) -> list[tuple[int, socket.socket]]:
     families = [socket.AF_INET, *([socket.AF_INET6] if has_ipv6() else [])]
     try:
         for i, listener in enumerate(config.listeners):
-            for family in families:
-                opened.append((i, _open(listener, family, config.listener_mark)))  # noqa: PERF401
+            for family in families if listener.bind in ("", "*") else [_family(listener.bind)]:
+                opened.append((i, _open(listener, family, config)))  # noqa: PERF401
     except BaseException:
         for _, sock in opened:
             sock.close()
         raise
     return opened
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def _where(listener: Listener, family: socket.AddressFamily) -> Endpoint:
+    """What a listener is bound to.
+
+    Nat sends what leaves this host to its loopback address (nf_nat_redirect.c): from outside nobody
+    needs to reach that listener.
+    """
+    v6 = family == socket.AF_INET6
+    if listener.bind not in ("", "*"):
+        return Endpoint(listener.bind, listener.port)
+    if listener.intercepts and listener.intercept.scope is Scope.OUTBOUND:
+        return Endpoint("::1" if v6 else "127.0.0.1", listener.port)
+    return Endpoint("::" if v6 else "0.0.0.0", listener.port)
 
 
 def has_ipv6() -> bool:
@@ -61,19 +79,21 @@ def has_ipv6() -> bool:
     return True
 
 
-def _open(listener: Listener, family: socket.AddressFamily, mark: int) -> socket.socket:
-    any_host = "::" if family == socket.AF_INET6 else "0.0.0.0"
-    where = Endpoint(any_host, listener.port)
+def _open(listener: Listener, family: socket.AddressFamily, config: Config) -> socket.socket:
+    where = _where(listener, family)
+    transparent = listener.intercepts and listener.intercept.via is Via.TPROXY
     sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        if transparent and family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, IPV6_TRANSPARENT, 1)
-        else:
+        elif transparent:
             sock.setsockopt(socket.IPPROTO_IP, IP_TRANSPARENT, 1)
-        sock.setsockopt(socket.SOL_SOCKET, SO_MARK, mark)
+        if config.transparent:
+            sock.setsockopt(socket.SOL_SOCKET, SO_MARK, config.listener_mark)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -82,18 +102,26 @@ def _open(listener: Listener, family: socket.AddressFamily, mark: int) -> socket
     except OSError as error:
         sock.close()
         action = f'listen on {where} for the listener "{listener.name}"'
-        raise KernelError(action, error.strerror or str(error), _hint(error, listener)) from error
+        hint = _hint(error, listener, config)
+        raise KernelError(action, error.strerror or str(error), hint) from error
     return sock
 
 
-def _hint(error: OSError, listener: Listener) -> str:
+def _hint(error: OSError, listener: Listener, config: Config) -> str:
     if error.errno == errno.EADDRINUSE:
         return f"see who has it: ss -ltnp sport = :{listener.port}"
-    if error.errno in (errno.EPERM, errno.EACCES):
+    if error.errno == errno.EADDRNOTAVAIL:
+        return 'no interface here has it: see ip address; bind = "*" is all of them'
+    if error.errno in (errno.EPERM, errno.EACCES) and config.transparent:
         low = " and CAP_NET_BIND_SERVICE" if listener.port < 1024 else ""
         return (
             f"a transparent socket needs CAP_NET_RAW{low}: run as root, or with "
             f"AmbientCapabilities= (SO_MARK by CAP_NET_RAW alone needs Linux 5.17)"
+        )
+    if error.errno == errno.EACCES:
+        return (
+            "a port below 1024 needs CAP_NET_BIND_SERVICE: run as root, or with"
+            " AmbientCapabilities=CAP_NET_BIND_SERVICE"
         )
     return "see tproxyd doctor"
 

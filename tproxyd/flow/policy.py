@@ -17,16 +17,22 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from tproxyd.addr import Client, Endpoint, OriginalDst, Peer, Upstream, parse_ip
-from tproxyd.config import HeaderPolicy, ProxyProtocol, SourceKind
+from tproxyd.config import HeaderPolicy, Listener, ProxyProtocol, Scope, SourceKind, Via
 from tproxyd.errors import CloseReason
 from tproxyd.flow.proxyproto import Header
+
+# Istio's InboundPassthroughBindIpv4 and ...Ipv6 (pilot/pkg/networking/core/listener_inbound.go).
+REDIRECTED_V4, REDIRECTED_V6 = "127.0.0.6", "::6"
 
 
 class Plan(NamedTuple):
     client: Client  # who it is
     upstream: Upstream  # where to connect
-    spoof: bool  # as the client; else from the proxy's own address
+    spoof: bool  # as the client; else from an address of our own
     fallback: str = ""  # why not as the client, where that was asked for
+    here: bool = True  # the upstream is on this host: its answers come home by our mark
+    keep_port: bool = False  # try the client's own port first
+    own: str = ""  # the address of our own; "": the kernel's choice
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,33 +59,59 @@ def trust(entries: tuple[ProxyProtocol, ...]) -> Callable[[str], HeaderPolicy | 
     return expectation
 
 
-def plan_for(
+def client_of(
     peer: Peer,
     dst: OriginalDst,
     header: Header | None,
-    source: SourceKind,
+    listener: Listener,
     own_ports: frozenset[int],
     kind_of: Callable[[str], str],
-) -> Plan | Refusal:
-    """Who the client is and how to reach its destination; or why not.
+) -> Client | Refusal:
+    """Who the client is; or why it is not served.
 
-    `own_ports` are the ports of our listeners: only local destinations are intercepted, so a
-    connection to one of them would come straight back to us.
+    `own_ports` are the ports of all our listeners: a connection that was made to one of them, and
+    not taken on its way to somewhere else, would come straight back to us.
     """
-    if dst.port in own_ports:
-        return Refusal(CloseReason.LOOP, f"the destination {dst} is our own listener")
-    client = Client(peer)
-    if header is not None and header.source is not None:
-        why = _unclaimable(header.source, kind_of)
-        if why:
-            return Refusal(CloseReason.CLIENT_REFUSED, f"the header names {header.source}: {why}")
-        client = Client(header.source)
-    upstream = Upstream(dst)
-    if source is SourceKind.PROXY:
-        return Plan(client, upstream, False)
-    if (":" in client.host) != (":" in upstream.host):
-        return Plan(client, upstream, False, "family")
-    return Plan(client, upstream, True)
+    if dst.port in own_ports and not listener.bind:
+        here = listener.intercept.scope is Scope.LOCAL  # no other destinations are taken
+        if here or kind_of(dst.host) == "own":
+            return Refusal(CloseReason.LOOP, f"the destination {dst} is our own listener")
+    if header is None or header.source is None:
+        return Client(peer)
+    why = _unclaimable(header.source, kind_of)
+    if why:
+        return Refusal(CloseReason.CLIENT_REFUSED, f"the header names {header.source}: {why}")
+    return Client(header.source)
+
+
+def plan_for(client: Client, upstream: Upstream, listener: Listener, here: bool) -> Plan:
+    """Where to connect, as whom. `here`: the upstream is on this host."""
+    source = listener.source
+    if source is not SourceKind.PROXY:
+        fallback = ""
+        if (":" in client.host) != (":" in upstream.host):
+            fallback = "family"
+        elif not here and parse_ip(client.host).is_loopback:
+            fallback = "loopback"  # which means nothing on another host, nor leaves this one
+        if not fallback:
+            keep = source is SourceKind.CLIENT_PORT
+            return Plan(client, upstream, True, "", here, keep)
+        return Plan(client, upstream, False, fallback, here, False, own_source(listener, upstream))
+    return Plan(client, upstream, False, "", here, False, own_source(listener, upstream))
+
+
+def own_source(listener: Listener, upstream: Upstream) -> str:
+    """Of our own addresses the one to connect from; "" where the kernel may choose.
+
+    Istio's two for redirected connections: the application sees that it is the proxy who calls, and
+    rules that take what this host sends can tell.
+    """
+    take = listener.intercept
+    if listener.bind or take.via is not Via.REDIRECT or take.scope is not Scope.LOCAL:
+        return ""
+    if listener.upstream:
+        return ""  # which may be anywhere
+    return REDIRECTED_V6 if ":" in upstream.host else REDIRECTED_V4
 
 
 def _unclaimable(claim: Endpoint, kind_of: Callable[[str], str]) -> str:

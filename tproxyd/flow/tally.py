@@ -72,6 +72,18 @@ TLVS_LEFT_OUT = Metric(
     Kind.COUNTER,
     "TLVs that did not fit into a PROXY header that was sent.",
 )
+RETRIES = Metric(
+    "tproxyd_upstream_retries",
+    Kind.COUNTER,
+    "Connects that failed and were followed by one to the next upstream.",
+    ("listener",),
+)
+EJECTIONS = Metric(
+    "tproxyd_upstream_ejections",
+    Kind.COUNTER,
+    "Times a worker left an upstream out for a while, after connects that failed.",
+    ("listener",),
+)
 ACCEPT_PAUSES = Metric(
     "tproxyd_accept_pauses", Kind.COUNTER, "Times accepting was paused for want of files or memory."
 )
@@ -90,6 +102,8 @@ METRICS = (
     PORT_RETRIES,
     SOURCE_FALLBACKS,
     TLVS_LEFT_OUT,
+    RETRIES,
+    EJECTIONS,
     ACCEPT_PAUSES,
     LOG_DROPPED,
 )
@@ -110,8 +124,13 @@ class PortCause(StrEnum):
     LIVE_DOWNSTREAM = "live_downstream"  # another live connection of this client holds the tuple
     IN_USE = "in_use"  # bind: EADDRINUSE
     NOT_AVAILABLE = "not_available"  # connect: EADDRNOTAVAIL, the tuple is in TIME_WAIT
+    PRIVILEGED = "privileged"  # bind: EACCES, the client's own port is below 1024
     KERNEL_CHOICE = "kernel_choice"  # none of ours was free: the kernel chose
 
+
+# Why a connection is not made as the client (policy.plan_for): the upstream has an address of the
+# other IP version only; the client is on this host's loopback and the upstream elsewhere.
+FALLBACKS = ("family", "loopback")
 
 # Upper bounds in seconds. A local connect takes tens to hundreds of µs (the whole handshake runs
 # inside it), a LAN one under a millisecond; 1 s and 3 s are the first SYN retransmissions.
@@ -145,6 +164,8 @@ class Layout:
 def _cells(listeners: Iterable[str]) -> Iterator[Cell]:
     for name in listeners:
         yield Cell(ACTIVE, (name,))
+        yield Cell(RETRIES, (name,))
+        yield Cell(EJECTIONS, (name,))
         for reason in CloseReason:
             yield Cell(CONNECTIONS, (name, reason.value))
     for direction in ("received", "sent"):
@@ -158,7 +179,8 @@ def _cells(listeners: Iterable[str]) -> Iterator[Cell]:
     yield Cell(CONNECT_SECONDS, ("sum",))  # in microseconds: cells are integers
     for cause in PortCause:
         yield Cell(PORT_RETRIES, (cause.value,))
-    yield Cell(SOURCE_FALLBACKS, ("family",))
+    for fallback in FALLBACKS:
+        yield Cell(SOURCE_FALLBACKS, (fallback,))
     yield Cell(TLVS_LEFT_OUT, ())
     yield Cell(ACCEPT_PAUSES, ())
     yield Cell(LOG_DROPPED, ())

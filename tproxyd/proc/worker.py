@@ -13,56 +13,40 @@ import asyncio
 import contextlib
 import errno
 import gc
+import json
 import logging
 import os
-import pwd
 import resource
 import signal
 import socket
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import uvloop
 
-from tproxyd.config import Config
+from tproxyd.addr import Client, Endpoint, Upstream
+from tproxyd.config import Config, PerClient, Via
 from tproxyd.errors import CloseReason
 from tproxyd.flow import listen, policy
 from tproxyd.flow.announce import announcer
+from tproxyd.flow.balance import Cluster
 from tproxyd.flow.connect import Sockets
 from tproxyd.flow.connection import Lane, serve
 from tproxyd.flow.engine import Engine
+from tproxyd.flow.origdst import original_destination, redirected_destination
 from tproxyd.flow.record import LineWriter, Record, formatter
 from tproxyd.flow.relay import Limits
 from tproxyd.flow.stream import Stream
-from tproxyd.flow.tally import (
-    ACCEPT_PAUSES,
-    ACTIVE,
-    BYTES,
-    CONNECT_BUCKETS,
-    CONNECT_SECONDS,
-    CONNECTIONS,
-    HEADERS,
-    LOG_DROPPED,
-    PORT_RETRIES,
-    SOURCE_FALLBACKS,
-    TLVS_LEFT_OUT,
-    HeaderResult,
-    Layout,
-    PortCause,
-    bucket,
-)
+from tproxyd.flow.tally import Layout
 from tproxyd.linux import (
-    CAP_NET_RAW,
-    CAPABILITY_NAMES,
     AddressKinds,
-    become,
-    capabilities,
-    keep_only,
     name_process,
     reset_on_close,
     rtt_and_retransmits,
 )
+from tproxyd.proc.cells import Cells, Counting
+from tproxyd.proc.privileges import drop_privileges
 
 log = logging.getLogger(__name__)
 
@@ -73,8 +57,10 @@ _ACCEPT_BATCH = 64
 _RESERVED_FILES = 64
 # How soon accepting is tried again when the kernel, not our own limit, had refused a descriptor.
 _RETRY_ACCEPT_S = 0.1
+# What the supervisor says about upstreams: this, then JSON, {"0": [["10.0.0.5", 80], ...]}.
+_UPSTREAMS = b"upstreams "
+_LONGEST_WORD = 1 << 20  # a datagram is whole or not there; the default send buffer has 208 KiB
 _NO_FILES = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
-UNPRIVILEGED_USERS = ("tproxyd", "nobody")  # the first that exists
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +73,16 @@ class WorkerSpec:
     rows: list[memoryview]  # the counters of every slot, as int64; rows[slot] is ours to write
     control: socket.socket
     access_log: int | None  # a file descriptor
+    # Of the listeners that have a list, the usable ones: (index in config.listeners, addresses).
+    upstreams: dict[int, tuple[Endpoint, ...]] = field(default_factory=dict)
+    clients: list[memoryview] = field(default_factory=list)  # tables of ClientCounts, one a slot
 
 
 def run(spec: WorkerSpec) -> None:
     """Serve until drained. Exits with status 3 when it cannot start, having said why."""
     name_process(f"tproxyd/{spec.slot}")
     try:
-        drop_privileges()
+        drop_privileges(spec.config.transparent)
         loop = uvloop.new_event_loop()
         worker = Worker(spec, loop)
     except Exception as error:
@@ -112,62 +101,27 @@ def run(spec: WorkerSpec) -> None:
         loop.close()
 
 
-def drop_privileges() -> None:
-    """Become an ordinary user with CAP_NET_RAW alone; PermissionError names what is lacking."""
-    if CAP_NET_RAW not in capabilities():
-        raise PermissionError(
-            f"can't open transparent sockets: {CAPABILITY_NAMES[CAP_NET_RAW]} "
-            f"is missing; run as root or with AmbientCapabilities=CAP_NET_RAW"
-        )
-    if os.geteuid() == 0:
-        user = next(filter(None, map(_user, UNPRIVILEGED_USERS)), None)
-        if user is not None:
-            try:
-                become(user.pw_uid, user.pw_gid)
-            except OSError as error:  # a user namespace that maps only root
-                log.info("workers stay uid 0 (%s), with CAP_NET_RAW alone", error.strerror)
-    keep_only(frozenset((CAP_NET_RAW,)))
-
-
-def _user(name: str) -> pwd.struct_passwd | None:
-    try:
-        return pwd.getpwnam(name)
-    except KeyError:
-        return None
-
-
-class Worker(Sockets):
+class Worker(Sockets, Counting):
     """The World that connections live in (flow/connection.py), by real sockets and counters."""
 
     def __init__(self, spec: WorkerSpec, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(spec.config.mark)
+        config = spec.config
+        super().__init__(config.mark, config.listener_mark if config.outbound else 0)
         # What every connection will need is tried once, now: a kernel or a sandbox that forbids it
         # is an error at the start, not one per connection.
-        self.upstream_socket(v6=False, spoof=True).close()
+        self.upstream_socket(_any_plan(spoof=any(each.spoofs for each in config.listeners))).close()
         self._spec, self._loop = spec, loop
         self._kinds = AddressKinds()
         self.engine = Engine(loop)
         self.view = self.engine.view
-        config = spec.config
-        own_ports = frozenset(each.port for each in config.listeners)
-        lanes = [
-            Lane(
-                listener=each,
-                expectation=policy.trust(each.proxy_protocol),
-                own_ports=own_ports,
-                limits=Limits(each.idle_timeout_s, each.half_close_timeout_s),
-                announce=announcer(each.send_proxy, each.send_tlvs, os.urandom),
-                index=i,
-            )
-            for i, each in enumerate(config.listeners)
-        ]
-        self._doors = [Door(self, sock, lanes[index]) for index, sock in spec.listeners]
+        self._lanes = [self._lane(i) for i in range(len(config.listeners))]
+        self._doors = [Door(self, sock, self._lanes[index]) for index, sock in spec.listeners]
         self._row = spec.rows[spec.slot]
         self._cells = Cells(Layout(config), config)
         self._rows = spec.rows
         self._format = formatter(config.log.format)
         self._log = (
-            LineWriter(spec.access_log, loop.call_later, self._log_dropped)
+            LineWriter(spec.access_log, loop.call_later, self.count_log_dropped)
             if spec.access_log is not None
             else None
         )
@@ -184,6 +138,29 @@ class Worker(Sockets):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         spec.control.setblocking(False)
         loop.add_reader(spec.control.fileno(), self._on_control)
+
+    def _lane(self, index: int) -> Lane:
+        config = self._spec.config
+        listener = config.listeners[index]
+        redirected = listener.intercepts and listener.intercept.via is Via.REDIRECT
+        return Lane(
+            listener=listener,
+            expectation=policy.trust(listener.proxy_protocol),
+            own_ports=frozenset(each.port for each in config.listeners),
+            limits=Limits(listener.idle_timeout_s, listener.half_close_timeout_s),
+            announce=announcer(listener.send_proxy, listener.send_tlvs, os.urandom),
+            cluster=(
+                Cluster(listener, self._spec.upstreams.get(index, ()), self._is_here)
+                if listener.upstream
+                else None
+            ),
+            destination=redirected_destination if redirected else original_destination,
+            counts_clients=listener.per_client != PerClient(),
+            index=index,
+        )
+
+    def _is_here(self, host: str) -> bool:
+        return host[0] == "/" or self._kinds.kind(host) == "own"
 
     def finish(self) -> None:
         if self._log is not None:
@@ -236,11 +213,17 @@ class Worker(Sockets):
 
     def _on_control(self) -> None:
         try:
-            data = self._spec.control.recv(4096)
+            data = self._spec.control.recv(_LONGEST_WORD)
         except BlockingIOError:
             return
         except OSError:
             data = b""
+        if data.startswith(_UPSTREAMS):
+            for index, upstreams in json.loads(data.removeprefix(_UPSTREAMS)).items():
+                cluster = self._lanes[int(index)].cluster
+                assert cluster is not None, "only a listener with a list hears of upstreams"
+                cluster.replace(Endpoint(host, port) for host, port in upstreams)
+            return
         if not data:  # the supervisor is gone
             self._loop.remove_reader(self._spec.control.fileno())
         self._drain()
@@ -292,25 +275,18 @@ class Worker(Sockets):
         self.engine.forget(stream)
         stream.close()
 
-    def connected(self, seconds: float) -> None:
-        row, cells = self._row, self._cells
-        row[cells.connect_buckets[bucket(seconds)]] += 1
-        row[cells.connect_sum] += int(seconds * 1_000_000)
+    def admits(self, lane: Lane, client: Client) -> str:
+        return self._clients.enter(
+            lane.index, client.host, lane.listener.per_client, time.monotonic()
+        )
 
-    def count_header(self, version: str, result: HeaderResult) -> None:
-        self._row[self._cells.headers[version, result]] += 1
+    def ejected(self, lane: Lane, upstream: Upstream, seconds: float, why: str) -> None:
+        self._row[self._cells.ejections[lane.index]] += 1
+        name = lane.listener.name
+        log.warning("%s: %s; %s is left out for %g s", name, why, upstream, seconds)
 
-    def count_port_retry(self, cause: PortCause) -> None:
-        self._row[self._cells.port_retries[cause]] += 1
-
-    def count_fallback(self, cause: str) -> None:
-        self._row[self._cells.fallbacks[cause]] += 1
-
-    def count_left_out(self, tlvs: int) -> None:
-        self._row[self._cells.left_out] += tlvs
-
-    def _log_dropped(self, lines: int) -> None:
-        self._row[self._cells.log_dropped] += lines
+    def returned(self, lane: Lane, upstream: Upstream) -> None:
+        log.info("%s: %s takes connections again", lane.listener.name, upstream)
 
     def ended(
         self, lane: Lane, life: Record, downstream: Stream, upstream: Stream | None, aborted: bool
@@ -327,6 +303,12 @@ class Worker(Sockets):
                     reset_on_close(stream)
                 forget(stream)
                 stream.close()
+        if lane.cluster is not None and upstream is not None:
+            assert life.upstream is not None
+            lane.cluster.left(life.upstream)
+        counted = lane.counts_clients and life.reason is not CloseReason.CLIENT_OVERLOAD
+        if counted and life.client is not None:
+            self._clients.leave(lane.index, life.client.host)
         row, cells = self._row, self._cells
         row[cells.active[lane.index]] -= 1
         row[cells.ended[lane.index][life.reason]] += 1
@@ -338,6 +320,11 @@ class Worker(Sockets):
         if not self._listening:
             self._resume_accepting()
             self._leave_if_done()
+
+
+def _any_plan(spoof: bool) -> policy.Plan:
+    nobody = Endpoint("127.0.0.1", 0)
+    return policy.Plan(Client(nobody), Upstream(nobody), spoof)
 
 
 class Door:
@@ -363,30 +350,3 @@ class Door:
 
     def cut(self, reason: CloseReason, detail: str) -> None:
         """Nothing: no connection of its own."""
-
-
-class Cells:
-    """Where each count of this worker stands in its row: Layout's answers, looked up once."""
-
-    def __init__(self, layout: Layout, config: Config) -> None:
-        at, names = layout.index, [each.name for each in config.listeners]
-        self.active = tuple(at(ACTIVE, name) for name in names)
-        self.ended = tuple(
-            {reason: at(CONNECTIONS, name, reason.value) for reason in CloseReason}
-            for name in names
-        )
-        self.received = at(BYTES, "received")
-        self.sent = at(BYTES, "sent")
-        self.headers = {
-            (version, result): at(HEADERS, version, result.value)
-            for version in ("1", "2", "-")
-            for result in HeaderResult
-        }
-        bounds = (*map(str, CONNECT_BUCKETS), "+Inf")
-        self.connect_buckets = tuple(at(CONNECT_SECONDS, bound) for bound in bounds)
-        self.connect_sum = at(CONNECT_SECONDS, "sum")
-        self.port_retries = {cause: at(PORT_RETRIES, cause.value) for cause in PortCause}
-        self.fallbacks = {"family": at(SOURCE_FALLBACKS, "family")}
-        self.accept_pauses = at(ACCEPT_PAUSES)
-        self.left_out = at(TLVS_LEFT_OUT)
-        self.log_dropped = at(LOG_DROPPED)

@@ -23,10 +23,10 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, NoReturn, TypeVar
 
-from tproxyd.addr import Endpoint, Peer, parse_prefix
+from tproxyd.addr import Client, Endpoint, Peer, Upstream, parse_prefix
 from tproxyd.addr import PrefixSet as Prefixes
 from tproxyd.config import (
     HeaderPolicy,
@@ -39,8 +39,10 @@ from tproxyd.config import (
 from tproxyd.errors import CloseReason, PeerError
 from tproxyd.flow import policy as policies
 from tproxyd.flow.announce import announcer
+from tproxyd.flow.balance import Cluster
 from tproxyd.flow.connect import rotate
 from tproxyd.flow.connection import Lane, serve
+from tproxyd.flow.policy import Plan
 from tproxyd.flow.proxyproto import encode_v2
 from tproxyd.flow.record import Record
 from tproxyd.flow.relay import Limits
@@ -126,9 +128,12 @@ class FakeStream:
         host, port = address
         self.local = Endpoint(host, port)
 
-    def connect_ex(self, address: Endpoint) -> int:
+    def connect_ex(self, address: Endpoint | str) -> int:
         self._open()
-        answer: int = self.book.call(f"connect {Endpoint(*address)}")
+        if isinstance(address, str):
+            answer: int = self.book.call(f"connect {Endpoint(address, 0)}")
+            return answer
+        answer = self.book.call(f"connect {Endpoint(*address)}")
         if self.local is None:
             self.local = Endpoint("fd00::1" if ":" in address[0] else "10.9.1.1", KERNEL_PORT)
         elif self.local.port == 0:
@@ -186,17 +191,28 @@ class Playbook:
         max_header_bytes: int = 4096,
         send_proxy: str = "off",
         send_tlvs: SendTlvs = SendTlvs(),  # noqa: B008 - frozen
+        listener: Listener = Listener(),  # noqa: B008 - what the words above do not say
+        upstreams: Iterable[Endpoint] = (),
+        full_for: str = "",  # the limit that stands against the client
     ) -> None:
         entries = (
             (ProxyProtocol(Prefixes([parse_prefix(peer.host)]), HeaderPolicy(policy)),)
             if policy
             else ()
         )
-        listener = Listener(
+        listener = replace(
+            listener,
             source=SourceKind(source),
             proxy_protocol=entries,
             max_connections=7,
             max_header_bytes=max_header_bytes,
+        )
+        self.full_for = full_for
+        self.kinds = kinds or {}
+        self.cluster = (
+            Cluster(listener, upstreams, lambda host: self.kinds.get(host) == "own")
+            if upstreams
+            else None
         )
         self.lane = Lane(
             listener,
@@ -204,10 +220,12 @@ class Playbook:
             frozenset(own_ports),
             Limits(3600.0, 60.0),
             announcer(SendProxy(send_proxy), send_tlvs, bytes),
+            self.cluster,
+            counts_clients=bool(full_for),
         )
         self.has_policy = policy is not None
         self.speaks = False
-        self.peer, self.full, self.kinds = Peer(peer), full, kinds or {}
+        self.peer, self.full = Peer(peer), full
         self.view = memoryview(bytearray(65536))
         self.client = FakeStream(self, "client", 10, dst)  # type: ignore[arg-type]
         self.streams: list[FakeStream] = [self.client]
@@ -324,9 +342,12 @@ class Playbook:
     def kind_of(self, host: str) -> str:
         return self.kinds.get(host, "")
 
-    def upstream_socket(self, v6: bool, spoof: bool, speaks: bool) -> Stream:
+    def upstream_socket(self, plan: Plan, speaks: bool) -> Stream:
         assert self.streams[-1] is self.client or self.streams[-1].closed, "two upstream sockets"
-        self.note(f"socket IPv{6 if v6 else 4} as {'client' if spoof else 'proxy'}")
+        host = plan.upstream.host
+        kind = "unix" if host.startswith("/") else "IPv6" if ":" in host else "IPv4"
+        there = "" if plan.here or kind == "unix" else ", elsewhere"
+        self.note(f"socket {kind} as {'client' if plan.spoof else 'proxy'}{there}")
         self.speaks = speaks
         self.streams.append(FakeStream(self, "upstream", 10 + len(self.streams), None))
         return self.streams[-1]
@@ -356,6 +377,20 @@ class Playbook:
     def count_left_out(self, tlvs: int) -> None:
         self.note(f"count left out {tlvs}")
 
+    def count_retry(self, lane: Lane) -> None:
+        assert lane is self.lane
+        self.note("count retry")
+
+    def admits(self, lane: Lane, client: Client) -> str:
+        assert lane is self.lane
+        return self.full_for
+
+    def ejected(self, lane: Lane, upstream: Upstream, seconds: float, why: str) -> None:
+        self.note(f"eject {upstream} for {seconds:g}")
+
+    def returned(self, lane: Lane, upstream: Upstream) -> None:
+        self.note(f"{upstream} is back")
+
     def connected(self, seconds: float) -> None:
         self.connect_seconds.append(seconds)
 
@@ -366,6 +401,9 @@ class Playbook:
         assert downstream is self.client
         assert upstream is None or upstream is self.streams[-1]
         self.lives.append(life)
+        if self.cluster is not None and upstream is not None:
+            assert life.upstream is not None
+            self.cluster.left(life.upstream)
         both = "both" if upstream is not None else "client"
         self.note(f"end {both} by {'RST' if aborted else 'FIN'}: {life.reason}")
         for stream in filter(None, (downstream, upstream)):
@@ -376,8 +414,10 @@ def lines(*calls: str | tuple[str, object]) -> list[Line]:
     return [Line(call) if isinstance(call, str) else Line(*call) for call in calls]
 
 
-def dials(source: str, to: str = str(APP), v: int = 4) -> list[Line]:
-    """A connect that is through at once, from this source; "" for the proxy's own."""
+def dials(
+    source: str, to: str = str(APP), v: int = 4, code: int = 0, where: str = ""
+) -> list[Line]:
+    """A connect that is through, or not, at once, from this source; "" for the proxy's own."""
     if not source:
-        return lines(f"socket IPv{v} as proxy", (f"connect {to}", 0))
-    return lines(f"socket IPv{v} as client", f"bind {source}", (f"connect {to}", 0))
+        return lines(f"socket IPv{v} as proxy{where}", (f"connect {to}", code))
+    return lines(f"socket IPv{v} as client{where}", f"bind {source}", (f"connect {to}", code))

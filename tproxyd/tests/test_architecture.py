@@ -49,6 +49,7 @@ PURE = {
     "flow.tlv",
     "flow.policy",
     "flow.announce",
+    "flow.balance",
     "flow.tally",
     "flow.stream",
 }

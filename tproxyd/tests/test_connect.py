@@ -47,6 +47,11 @@ def dialling(plan: Plan, book: Playbook) -> Dialled:
     return book.drive(dial(plan, 5.0, book))
 
 
+def port_of(dialled: Dialled) -> int:
+    assert dialled.source is not None
+    return dialled.source.port
+
+
 def tried(source: str, code: int, *then: str) -> list[Any]:
     return lines(
         "socket IPv4 as client",
@@ -131,13 +136,13 @@ def test_a_local_upstream_is_there_at_the_second_connect() -> None:
 def test_bind_refuses_a_port(code: int, cause: str) -> None:
     book = Playbook() << "socket IPv4 as client" << f"bind {FIRST}" >> OSError(code, "")
     dialled = dialling(PLAN, book << "close upstream" << f"count port {cause}" << dials(SECOND))
-    assert dialled.source.port == PORTS[1]
+    assert port_of(dialled) == PORTS[1]
 
 
 @pytest.mark.parametrize("code", [errno.EADDRNOTAVAIL, errno.EADDRINUSE])
 def test_connect_refuses_a_port(code: int) -> None:
     book = Playbook() << tried(FIRST, code, "count port not_available") << dials(SECOND)
-    assert dialling(PLAN, book).source.port == PORTS[1]
+    assert port_of(dialling(PLAN, book)) == PORTS[1]
 
 
 def test_bind_fails_in_a_way_that_no_other_port_cures() -> None:
@@ -177,21 +182,21 @@ def test_the_proxys_own_address_is_not_looked_up() -> None:
 def test_a_held_tuple_is_left_alone(state: int) -> None:
     book = Playbook() << unfinished(FIRST) << asks(FIRST, state) << STILL << "close upstream"
     dialled = dialling(PLAN, book << "count port live_downstream" << dials(SECOND))
-    assert dialled.source.port == PORTS[1]
+    assert port_of(dialled) == PORTS[1]
 
 
 def test_the_connection_that_holds_the_tuple_may_be_our_own() -> None:
     """The handshake may end between connect and the look-up. We are connected before the
     application's side is, so one more connect tells the two apart."""
     book = Playbook() << unfinished(FIRST) << asks(FIRST, TCP_ESTABLISHED)
-    assert dialling(PLAN, book << f"connect {APP}" >> 0).source.port == PORTS[0]
+    assert port_of(dialling(PLAN, book << f"connect {APP}" >> 0)) == PORTS[0]
 
 
 @pytest.mark.parametrize("state", [0, TCP_LISTEN, TCP_SYN_RECV, TCP_NEW_SYN_RECV])
 def test_where_a_syn_belongs_it_is_waited_for(state: int) -> None:
     book = Playbook() << unfinished(FIRST) << asks(FIRST, state)
     book << "wait for upstream until 0.05" >> Passed(0.01) << f"connect {APP}" >> 0
-    assert dialling(PLAN, book).source.port == PORTS[0]
+    assert port_of(dialling(PLAN, book)) == PORTS[0]
 
 
 def test_the_second_look() -> None:
@@ -200,7 +205,7 @@ def test_the_second_look() -> None:
     book << "wait for upstream until 0.05" >> False << STILL
     book << asks(FIRST, TCP_ESTABLISHED) << STILL << "close upstream"
     dialled = dialling(PLAN, book << "count port live_downstream" << dials(SECOND))
-    assert dialled.source.port == PORTS[1]
+    assert port_of(dialled) == PORTS[1]
 
 
 def test_events_do_not_use_up_the_second_look() -> None:
@@ -211,7 +216,7 @@ def test_events_do_not_use_up_the_second_look() -> None:
     book << "wait for upstream until 0.05" >> False << STILL
     book << asks(FIRST, TCP_ESTABLISHED) << STILL << "close upstream"
     dialled = dialling(PLAN, book << "count port live_downstream" << dials(SECOND))
-    assert dialled.source.port == PORTS[1]
+    assert port_of(dialled) == PORTS[1]
 
 
 def test_there_is_no_third_look() -> None:
@@ -220,7 +225,7 @@ def test_there_is_no_third_look() -> None:
     for _ in range(3):
         book << "wait for upstream until 5" >> Passed(0.5) << STILL
     book << "wait for upstream until 5" >> True << f"connect {APP}" >> 0
-    assert dialling(PLAN, book).source.port == PORTS[0]
+    assert port_of(dialling(PLAN, book)) == PORTS[0]
 
 
 def test_the_deadline_is_one_for_all_tries() -> None:
@@ -275,10 +280,14 @@ def host(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+def plan_to(host: str, **how: Any) -> Plan:  # noqa: ANN401
+    return Plan(Client(PEER), Upstream(Endpoint(host, 80)), **how)
+
+
 @needs_raw
 def test_a_spoofed_socket(host: str, sockets: Sockets) -> None:
     v6 = ":" in host
-    with closing(sockets.upstream_socket(v6, spoof=True)) as sock:
+    with closing(sockets.upstream_socket(plan_to(host, spoof=True))) as sock:
         foreign = "2001:db8::7" if v6 else "203.0.113.7"
         sock.bind((foreign, 0))  # only IP_TRANSPARENT allows that
         assert sock.getsockname()[0] == foreign
@@ -290,7 +299,7 @@ def test_a_spoofed_socket(host: str, sockets: Sockets) -> None:
 
 
 def test_a_socket_of_the_proxys_own(host: str, sockets: Sockets) -> None:
-    with closing(sockets.upstream_socket(":" in host, spoof=False)) as sock:
+    with closing(sockets.upstream_socket(plan_to(host, spoof=False))) as sock:
         assert sock.getsockopt(socket.SOL_SOCKET, SO_MARK) == 0
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
@@ -299,7 +308,7 @@ def test_the_port_is_left_to_connect(host: str, sockets: Sockets) -> None:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with (
         socket.create_server((host, 0), family=family) as server,
-        closing(sockets.upstream_socket(":" in host, spoof=False)) as sock,
+        closing(sockets.upstream_socket(plan_to(host, spoof=False))) as sock,
     ):
         sockets.late_bind(sock)
         sock.bind((host, 0))

@@ -29,6 +29,7 @@ from tproxyd.flow import connection, listen, origdst
 from tproxyd.flow.stream import Stream
 from tproxyd.flow.tally import Layout
 from tproxyd.linux import CAP_NET_RAW, capabilities
+from tproxyd.proc import worker as worker_module
 from tproxyd.proc.counters import Page
 from tproxyd.proc.worker import Worker, WorkerSpec
 
@@ -93,7 +94,7 @@ def proxied(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[Proxied]
             real(downstream)
             return there
 
-        monkeypatch.setattr(connection, "original_destination", original_destination)
+        monkeypatch.setattr(worker_module, "original_destination", original_destination)
         with socket.create_server(("127.0.0.1", 0)) as free:
             port: int = free.getsockname()[1]
         on_port = replace(config, listeners=(replace(config.listeners[0], port=port),))

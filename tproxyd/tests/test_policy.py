@@ -6,10 +6,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tproxyd.addr import Endpoint, OriginalDst, Peer, PrefixSet, fold, parse_prefix
-from tproxyd.config import HeaderPolicy, ProxyProtocol, SourceKind
+from tproxyd.addr import (
+    Client,
+    Endpoint,
+    OriginalDst,
+    Peer,
+    PrefixSet,
+    Upstream,
+    fold,
+    parse_prefix,
+)
+from tproxyd.config import HeaderPolicy, Intercept, Listener, ProxyProtocol, Scope, SourceKind, Via
 from tproxyd.errors import CloseReason
-from tproxyd.flow.policy import Plan, Refusal, plan_for, trust
+from tproxyd.flow.policy import Plan, Refusal, client_of, plan_for, trust
 from tproxyd.flow.proxyproto import Header, encode_v2, parse
 
 PEER = Peer(Endpoint("10.9.1.2", 40000))
@@ -37,7 +46,12 @@ def plan(
     kind: str = "",
     peer: Peer = PEER,
 ) -> Plan | Refusal:
-    return plan_for(peer, dst, claim, SourceKind(source), OWN_PORTS, lambda _host: kind)
+    """The two questions, one after the other, for where the client meant to go on this host."""
+    listener = Listener(source=SourceKind(source))
+    client = client_of(peer, dst, claim, listener, OWN_PORTS, lambda _host: kind)
+    if isinstance(client, Refusal):
+        return client
+    return plan_for(client, Upstream(dst), listener, here=True)
 
 
 # Trust --------------------------------------------------------------------------------------------
@@ -132,6 +146,39 @@ def test_a_mapped_claim_is_of_version_four() -> None:
     assert told == Plan(FAR, DST, spoof=True)  # type: ignore[arg-type]
 
 
+FORWARD = Intercept(scope=Scope.FORWARD)
+REDIRECT = Intercept(via=Via.REDIRECT)
+
+
+def test_to_another_host() -> None:
+    listener = Listener(intercept=FORWARD)
+    told = plan_for(Client(PEER), Upstream(DST), listener, here=False)
+    assert told == Plan(Client(PEER), Upstream(DST), spoof=True, here=False)
+
+
+def test_the_clients_own_port() -> None:
+    listener = Listener(intercept=FORWARD, source=SourceKind.CLIENT_PORT)
+    assert plan_for(Client(PEER), Upstream(DST), listener, here=False).keep_port
+
+
+@pytest.mark.parametrize(("client", "dst"), [("127.0.0.1", DST), ("::1", DST6)])
+def test_a_loopback_address_stays_on_its_host(client: str, dst: OriginalDst) -> None:
+    listener, who = Listener(bind="*"), Client(Endpoint(client, 40000))
+    told = plan_for(who, Upstream(dst), listener, here=False)
+    assert told == Plan(who, Upstream(dst), spoof=False, fallback="loopback", here=False)
+    assert plan_for(who, Upstream(dst), listener, here=True).spoof
+
+
+@pytest.mark.parametrize(("dst", "own"), [(DST, "127.0.0.6"), (DST6, "::6")])
+def test_what_was_redirected_comes_from_istios_addresses(dst: OriginalDst, own: str) -> None:
+    listener = Listener(intercept=REDIRECT, source=SourceKind.PROXY)
+    assert plan_for(Client(PEER), Upstream(dst), listener, here=True).own == own
+    outbound = Listener(
+        intercept=Intercept(scope=Scope.OUTBOUND, via=Via.REDIRECT), source=SourceKind.PROXY
+    )
+    assert plan_for(Client(PEER), Upstream(dst), outbound, here=False).own == ""
+
+
 # Refusals -----------------------------------------------------------------------------------------
 
 
@@ -140,6 +187,20 @@ def test_a_mapped_claim_is_of_version_four() -> None:
 def test_a_loop(port: int, claim: Header | None) -> None:
     told = plan(OriginalDst(Endpoint("10.9.1.1", port)), claim)
     assert told == Refusal(CloseReason.LOOP, f"the destination 10.9.1.1:{port} is our own listener")
+
+
+def asked(listener: Listener, dst: Endpoint, kind: str) -> Client | Refusal:
+    return client_of(PEER, OriginalDst(dst), None, listener, OWN_PORTS, lambda _host: kind)
+
+
+def test_our_port_on_another_host_is_no_loop() -> None:
+    listener, dst = Listener(intercept=FORWARD), Endpoint("10.9.1.1", 15006)
+    assert asked(listener, dst, "") == Client(PEER)
+    assert isinstance(asked(listener, dst, "own"), Refusal)
+
+
+def test_an_ordinary_listener_is_meant_to_be_connected_to() -> None:
+    assert asked(Listener(bind="*", port=15006), Endpoint("10.9.1.1", 15006), "own") == Client(PEER)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tproxyd.addr import Client, Endpoint, OriginalDst, Peer, Source, Upstream
-from tproxyd.config import LogFormat
+from tproxyd.config import Listener, LogFormat, SourceKind
 from tproxyd.errors import CloseReason
 from tproxyd.flow import record
 from tproxyd.flow.announce import Announcement
@@ -35,7 +36,9 @@ FIELDS = {  # Envoy's names, and then ours
     "downstream_direct_remote_address",
     "downstream_local_address",
     "upstream_local_address",
+    "upstream_local_address_asked",
     "upstream_host",
+    "upstreams_failed",
     "upstream_cluster",
     "response_flags",
     "connection_termination_details",
@@ -47,11 +50,12 @@ FIELDS = {  # Envoy's names, and then ours
     "rtt_us",
     "retransmits",
 }
+LISTENER = Listener()
 PEER, CLIENT = Peer(Endpoint("10.9.1.2", 40000)), Client(Endpoint("2001:db8::7", 51234))
 
 
 def full() -> Record:
-    life = Record("inbound", PEER, started=100.0, wall=1767225599.9996)
+    life = Record(LISTENER, PEER, started=100.0, wall=1767225599.9996)
     life.client = CLIENT
     life.dst = OriginalDst(Endpoint("10.9.1.1", 80))
     life.upstream = Upstream(life.dst)
@@ -89,7 +93,9 @@ def test_a_full_line() -> None:
         "downstream_direct_remote_address": "10.9.1.2:40000",
         "downstream_local_address": "10.9.1.1:80",
         "upstream_local_address": "[2001:db8::7]:16722",
+        "upstream_local_address_asked": None,
         "upstream_host": "10.9.1.1:80",
+        "upstreams_failed": None,
         "upstream_cluster": "inbound|80||",
         "proxy_protocol": {
             "version": 2,
@@ -105,7 +111,7 @@ def test_a_full_line() -> None:
 
 def test_a_line_of_a_connection_that_came_to_nothing() -> None:
     """The same fields, null where there is nothing to say; the peer stands in for the client."""
-    fields = parsed(Record("inbound", PEER, 0.0, 0.0))
+    fields = parsed(Record(LISTENER, PEER, 0.0, 0.0))
     assert fields.keys() == FIELDS == parsed(full()).keys()
     assert fields["downstream_remote_address"] == "10.9.1.2:40000"
     assert fields["close_reason"] == "internal"
@@ -115,11 +121,38 @@ def test_a_line_of_a_connection_that_came_to_nothing() -> None:
         "connection_termination_details",
         "downstream_local_address",
         "upstream_local_address",
+        "upstream_local_address_asked",
         "upstream_host",
+        "upstreams_failed",
         "upstream_cluster",
         "proxy_protocol",
         "source_fallback",
     }
+
+
+def test_the_source_that_was_to_be() -> None:
+    life = full()
+    life.fallback = ""
+    first = parsed(life)["upstream_local_address_asked"]
+    assert first == "[2001:db8::7]:16722" == parsed(life)["upstream_local_address"]
+    life.source = Source(Endpoint("2001:db8::7", 56591))
+    assert parsed(life)["upstream_local_address_asked"] == first
+    life.listener = replace(LISTENER, source=SourceKind.CLIENT_PORT)
+    assert parsed(life)["upstream_local_address_asked"] == "[2001:db8::7]:51234"
+    life.listener = replace(LISTENER, source=SourceKind.PROXY)
+    assert parsed(life)["upstream_local_address_asked"] is None
+
+
+def test_upstreams_that_were_tried_before() -> None:
+    life = full()
+    one, two = Upstream(Endpoint("10.0.0.5", 80)), Upstream(Endpoint("/run/app.sock", 0))
+    life.listener = replace(LISTENER, upstream=(one, two))
+    life.tried, life.upstream, life.source = ((one, "refused"),), two, None
+    fields = parsed(life)
+    assert fields["upstreams_failed"] == [{"upstream": "10.0.0.5:80", "why": "refused"}]
+    assert fields["upstream_host"] == "unix:/run/app.sock"
+    assert fields["upstream_cluster"] == "inbound"
+    assert " -> unix:/run/app.sock, not 10.0.0.5:80 (refused) upstream_fin " in life.text(101.0)
 
 
 @given(st.text(min_size=1))
@@ -148,6 +181,7 @@ def test_every_reason_has_a_flag_that_envoy_knows(reason: CloseReason) -> None:
         "UC",
         "DC",
         "UO",
+        "UH",
         "DPE",
         "UAEX",
         "SI",
@@ -166,7 +200,7 @@ def test_text() -> None:
         " 3B up 5B down rtt 250us"
         ' said {"version": 2, "unique_id": "00ff", "tlvs_left_out": 3}\n'
     )
-    bare = Record("inbound", PEER, 0.0, 0.0)
+    bare = Record(LISTENER, PEER, 0.0, 0.0)
     assert formatter(LogFormat.TEXT)(bare, 0.5) == (
         "1970-01-01T00:00:00.000Z inbound 10.9.1.2:40000 -> ? internal 500ms"
         " 0B up 0B down rtt 0us\n"
