@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tproxyd.addr import Endpoint, PrefixSet, parse_prefix
+from tproxyd.addr import Endpoint, PrefixSet, is_name, parse_prefix
 from tproxyd.config import (
     Backend,
     Config,
@@ -24,6 +24,7 @@ from tproxyd.config import (
     SendProxy,
     SendTlvs,
     SourceKind,
+    Via,
 )
 from tproxyd.configfile import LARGEST_HEADER, parse
 from tproxyd.errors import ConfigError
@@ -192,6 +193,75 @@ def test_one_range_inside_another() -> None:
     assert merge_ranges([(1, 10), (2, 3), (11, 12), (14, 15)]) == ((1, 12), (14, 15))
 
 
+def test_a_gateway() -> None:
+    text = """
+[[listener]]
+bind = "::ffff:10.0.0.1"
+port = 8000
+upstream = ["10.0.0.5:80", "[FD00::5]:80", "App.Example:80", "unix:/run/a:b.sock", "10.0.0.5:80"]
+"""
+    (listener,) = parse(text, "x").listeners
+    assert listener.bind == "10.0.0.1"
+    assert not listener.intercepts
+    assert list(map(str, listener.upstream)) == [
+        "10.0.0.5:80",
+        "[fd00::5]:80",
+        "app.example:80",
+        "unix:/run/a:b.sock",
+    ]
+    assert [is_name(each) for each in listener.upstream] == [False, False, True, False]
+    # Toward other hosts the client's address needs routes that a beginner does not have.
+    assert listener.source is SourceKind.PROXY
+    assert not parse(text, "x").transparent
+    asked = text.replace("unix:/run/a:b.sock", "10.0.0.6:80") + 'source = "client-port"'
+    assert parse(asked, "x").listeners[0].source is SourceKind.CLIENT_PORT
+    assert parse(asked, "x").transparent
+
+
+@pytest.mark.parametrize("name", ["localhost", "a_b.c-d.example.", "1.2.3.4.example", "x" * 63])
+def test_names(name: str) -> None:
+    (listener,) = parse(f'[[listener]]\nupstream = ["{name}:80"]', "x").listeners
+    assert listener.upstream == (Endpoint(name, 80),)
+
+
+@pytest.mark.parametrize("name", ["", "a..b", "-a", "a-", "a b", "1.2.3", "x" * 64, "a.1", "ä.b"])
+def test_what_is_no_name(name: str) -> None:
+    assert "listener[0].upstream[0]" in problems(f'[[listener]]\nupstream = ["{name}:80"]')
+
+
+def test_what_other_scopes_take_for_granted() -> None:
+    text = """
+[[listener]]
+name = "a"
+intercept.scope = "forward"
+[[listener]]
+name = "b"
+port = 15001
+intercept.scope = "outbound"
+"""
+    forward, outbound = (each.intercept for each in parse(text, "x").listeners)
+    assert forward.exclude_ports == outbound.exclude_ports == ()  # Istio's probes go to this host
+    assert (forward.via, outbound.via) == (Via.TPROXY, Via.REDIRECT)
+    assert parse(text, "x").outbound
+    assert not Config().outbound
+
+
+def test_two_on_one_port_of_different_addresses() -> None:
+    two = """
+[[listener]]
+name = "a"
+bind = "10.0.0.1"
+upstream = ["10.0.0.5:80"]
+[[listener]]
+name = "b"
+bind = "{}"
+upstream = ["10.0.0.5:80"]
+"""
+    assert len(parse(two.format("10.0.0.2"), "x").listeners) == 2
+    for same in ("10.0.0.1", "*", "0.0.0.0"):
+        assert "listener[1].port" in problems(two.format(same))
+
+
 # What is wrong ------------------------------------------------------------------------------------
 
 
@@ -243,7 +313,48 @@ LISTENER = [
     ("port = 0", "port", "0 is not a whole number from 1 to 65535"),
     ("port = 65536", "port", "65536 is not"),
     ("port = 9133", "port", "9133 is the admin port too"),
-    ('upstream = "10.0.0.1:80"', "upstream", "is not one of: original"),
+    ('upstream = "10.0.0.1:80"', "upstream", 'is not a list, for example ["10.0.0.5:80", "app.'),
+    ("upstream = []", "upstream", "is empty; name one"),
+    ('upstream = ["10.0.0.1"]', "upstream[0]", "is not ADDRESS:PORT, NAME:PORT or unix:/PATH"),
+    ('upstream = ["10.0.0.300:80"]', "upstream[0]", "is not ADDRESS:PORT, NAME:PORT"),
+    ('upstream = ["app.example:0"]', "upstream[0]", "a port is a number from 1 to 65535"),
+    ('upstream = ["app.example:65536"]', "upstream[0]", "a port is a number from 1 to 65535"),
+    ('upstream = ["fd00::5:80"]', "upstream[0]", 'or "[fd00::5]:80"'),
+    ('upstream = ["unix:app.sock"]', "upstream[0]", "begins with / and has at most 107 bytes"),
+    (f'upstream = ["unix:/{"a" * 107}"]', "upstream[0]", "at most 107 bytes"),
+    ("upstream = [80]", "upstream[0]", "80 is not a text in quotes"),
+    ('upstream = ["unix:/a"]', "source", "a unix socket shows no address"),
+    ('bind = "*"', "upstream", "a listener with `bind` needs one"),
+    ('bind = "eth0"\nupstream = ["a.b:1"]', "bind", "neither an IP address nor"),
+    (
+        'bind = "*"\nupstream = ["a.b:1"]\nintercept.ports = [80]',
+        "intercept",
+        "is an ordinary one and intercepts nothing",
+    ),
+    ('balance = "source-hash"', "balance", "means nothing without a list"),
+    ("max_connect_attempts = 2", "max_connect_attempts", "means nothing without a list"),
+    ("max_connect_attempts = 0", "max_connect_attempts", "0 is not a whole number from 1 to 100"),
+    ("eject_after = 1", "eject_after", "means nothing without a list"),
+    ("eject_s = 2", "eject_s", "means nothing without a list"),
+    ("eject_s = 0", "eject_s", "0 is not a number of seconds, more than 0"),
+    ("resolve_every_s = 2", "resolve_every_s", "means nothing without a list"),
+    ("health_check.interval_s = 2", "health_check", "means nothing without a list"),
+    ("health_check.interval_s = -1", "health_check.interval_s", "more than 0, or 0 (no checks)"),
+    ("health_check.rise = 0", "health_check.rise", "0 is not a whole number from 1"),
+    ("health_check.every = 1", "health_check.every", "unknown key; known: interval_s"),
+    ("per_client.max_connections = -1", "per_client.max_connections", "-1 is not a whole"),
+    ("per_client.max_new = 1", "per_client.max_new", 'did you mean "max_new_per_s"?'),
+    ('source = "client-port"', "source", "on one host the client's own port is taken"),
+    ('intercept.scope = "routed"', "intercept.scope", "is not one of: local, forward, outbound"),
+    ('intercept = { scope = "forward", via = "redirect" }', "intercept.via", 'by "tproxy" only'),
+    ('intercept = { scope = "outbound", via = "tproxy" }', "intercept.via", 'by "redirect" only'),
+    (
+        'intercept = { scope = "outbound", interfaces = ["eth0"] }',
+        "intercept.interfaces",
+        "outbound connections arrive at none",
+    ),
+    ("intercept.exclude_uids = [1337]", "intercept.exclude_uids", "only outbound connections"),
+    ('intercept.exclude_gids = ["root"]', "intercept.exclude_gids[0]", "is not the number of a"),
     ('source = "clent"', "source", 'did you mean "client"?'),
     ('send_proxy = "V2"', "send_proxy", '"V2" is not one of: off, v1, v2'),
     ("send_tlvs.crc32c = true", "send_tlvs", 'only a v2 header has TLVs: send_proxy = "v2"'),
@@ -352,8 +463,8 @@ def test_a_bad_value(text: str, path: str, why: str) -> None:
         ('[log]\nfile = "x"', "log.file", "known: access, format"),
         ("[[listener]]\nidle_timeout = 5", "listener[0].idle_timeout", '"idle_timeout_s"?'),
         (
-            "[[listener]]\nintercept.exclude = [1]",
-            "listener[0].intercept.exclude",
+            "[[listener]]\nintercept.exclude_port = [1]",
+            "listener[0].intercept.exclude_port",
             '"exclude_ports"?',
         ),
         (
