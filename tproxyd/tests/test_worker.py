@@ -26,7 +26,7 @@ from typing import Any
 import pytest
 
 from tproxyd import linux
-from tproxyd.addr import PrefixSet, parse_prefix
+from tproxyd.addr import Endpoint, PrefixSet, parse_prefix
 from tproxyd.config import Config, HeaderPolicy, Listener, ProxyProtocol
 from tproxyd.errors import KernelError
 from tproxyd.flow import listen
@@ -73,12 +73,19 @@ class Running:
         self.control, self._control_end = socket.socketpair(type=socket.SOCK_SEQPACKET)
         self.control.settimeout(PATIENCE_S)
         self.before = before
+        self.upstreams: dict[int, tuple[Endpoint, ...]] = {}
         self.pid = 0
         self._unread = b""
 
     def start(self) -> Running:
         spec = worker.WorkerSpec(
-            self.config, 0, self.listeners, self.page.rows, self._control_end, self._log_end
+            self.config,
+            0,
+            self.listeners,
+            self.page.rows,
+            self._control_end,
+            self._log_end,
+            self.upstreams,
         )
         keep = [self._control_end.fileno(), self._log_end]
         keep += [sock.fileno() for _, sock in self.listeners]
