@@ -1,4 +1,4 @@
-"""PROXY headers that we send, read by the programs that people have: nginx and HAProxy."""
+"""PROXY headers that we send, read by the programs that people have: nginx, HAProxy, Envoy."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from = ["10.9.1.2", "fd00:9:1::2"]
 policy = "optional"
 """
 
+readers = pytest.mark.parametrize("program", ["haproxy", "envoy"])
+
 
 def sending(kind: str, tlvs: str = "") -> str:
     return f'[[listener]]\nsend_proxy = "{kind}"\n{tlvs}\n{TRUSTING}'
 
 
-@pytest.mark.parametrize("program", ["nginx", "haproxy"])
+@pytest.mark.parametrize("program", ["nginx", "haproxy", "envoy"])
 @pytest.mark.parametrize("kind", ["v1", "v2"])
 def test_the_client_in_the_log_of_the_application(
     net: Topology, family: Family, program: str, kind: str
@@ -40,50 +42,56 @@ def test_the_client_in_the_log_of_the_application(
         assert record["bytes_received"] == len(REQUEST)
 
 
+@readers
 @pytest.mark.parametrize("kind", ["v1", "v2"])
 @pytest.mark.parametrize("make", [v1, v2])
 def test_a_client_named_by_a_balancer_is_named_again(
-    net: Topology, family: Family, kind: str, make: object
+    net: Topology, family: Family, program: str, kind: str, make: object
 ) -> None:
     assert callable(make)
-    with serving("haproxy", net.pod) as server, Daemon(net.pod, sending(kind)):
+    with serving(program, net.pod) as server, Daemon(net.pod, sending(kind)):
         client = net.connect(family)
         client.sendall(make(family.stranger, family.pod, 40_000, 443) + REQUEST)
-        assert b"haproxy" in receive_to_end(client)
+        assert program.encode() in receive_to_end(client)
         assert server.saw().startswith(f"{family.stranger}:40000 to {family.pod}:443")
 
 
-def test_an_ipv6_client_before_an_ipv4_destination(net: Topology) -> None:
+@readers
+@pytest.mark.parametrize("kind", ["v1", "v2"])
+def test_an_ipv6_client_before_an_ipv4_destination(net: Topology, program: str, kind: str) -> None:
     """One header cannot hold both families: the IPv4 address is written as a mapped one."""
-    with serving("haproxy", net.pod) as server, Daemon(net.pod, sending("v1")):
+    with serving(program, net.pod) as server, Daemon(net.pod, sending(kind)):
         client = net.connect()
         client.sendall(v1("2001:db8:6a::34", "::ffff:10.9.1.1") + REQUEST)
-        assert b"haproxy" in receive_to_end(client)
-        assert server.saw().startswith("2001:db8:6a::34:40000 to ")
+        assert program.encode() in receive_to_end(client)
+        assert server.saw().startswith("2001:db8:6a::34:40000 to ::ffff:10.9.1.1:80")
 
 
-def test_options_with_a_checksum(net: Topology) -> None:
-    """HAProxy checks the CRC32C, and says what it got."""
+@readers
+def test_options_with_a_checksum(net: Topology, program: str) -> None:
+    """Both say what they got; HAProxy checks the CRC32C, and Envoy at least steps over it."""
     options = "[listener.send_tlvs]\nforward = [0x02]\nunique_id = true\ncrc32c = true"
     authority = struct.pack("!BH", 2, 11) + b"example.org"
-    with serving("haproxy", net.pod) as server, Daemon(net.pod, sending("v2", options)) as daemon:
+    with serving(program, net.pod) as server, Daemon(net.pod, sending("v2", options)) as daemon:
         client = net.connect()
         client.sendall(v2("106.52.131.116", "10.9.1.1", tlvs=authority) + REQUEST)
-        assert b"haproxy" in receive_to_end(client)
+        assert program.encode() in receive_to_end(client)
         client.close()
         [record] = daemon.wait_log()
         unique = record["upstream_proxy_protocol"]["unique_id"]
         assert len(unique) == 32
-        assert server.saw().endswith(f"id {unique.upper()} for example.org")
+        told = f" id {unique.upper()}" if program == "haproxy" else ""
+        assert server.saw() == f"106.52.131.116:40000 to 10.9.1.1:80{told} for example.org"
 
 
-def test_a_health_check_stays_one(net: Topology) -> None:
+@readers
+def test_a_health_check_stays_one(net: Topology, family: Family, program: str) -> None:
     """LOCAL in, LOCAL out: the application takes the connection for what it is."""
-    with serving("haproxy", net.pod) as server, Daemon(net.pod, sending("v2")):
-        client = net.connect()
+    with serving(program, net.pod) as server, Daemon(net.pod, sending("v2")):
+        client = net.connect(family)
         client.sendall(V2_LOCAL + REQUEST)
-        assert b"haproxy" in receive_to_end(client)
-        assert server.saw().startswith("10.9.1.2:")
+        assert program.encode() in receive_to_end(client)
+        assert server.saw().startswith(f"{family.client}:")
 
 
 def test_an_application_that_speaks_first(net: Topology) -> None:

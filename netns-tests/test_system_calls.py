@@ -24,6 +24,7 @@ MOST = 26
 
 
 def test_system_calls_per_connection(net: Topology) -> None:
+    net.app()
     with Daemon(net.pod) as daemon:
         summary = daemon.scratch / "strace"
         workers = daemon.workers()

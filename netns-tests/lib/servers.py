@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import subprocess
-import tempfile
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from lib.netns import Namespace
+from lib.programs import Program, listener, running, typed
 from lib.topology import PORT
 from lib.waits import wait_for
 
 _NGINX = """
-daemon off; master_process off; pid {scratch}/pid; error_log {scratch}/error.log;
+daemon off; master_process off; pid {scratch}/pid;
 events {{}}
 http {{
   log_format seen '$proxy_protocol_addr:$proxy_protocol_port'
                   ' to $proxy_protocol_server_addr:$proxy_protocol_server_port';
-  access_log {scratch}/seen.log seen;
+  access_log {scratch}/out seen;
   client_body_temp_path {scratch}/b; proxy_temp_path {scratch}/p; fastcgi_temp_path {scratch}/f;
   uwsgi_temp_path {scratch}/u; scgi_temp_path {scratch}/s;
   server {{
@@ -28,8 +28,12 @@ http {{
 }}
 """
 
+_HAPROXY_SEEN = (
+    "%[src]:%[src_port] to %[dst]:%[dst_port] id %[fc_pp_unique_id,hex] for %[fc_pp_authority]"
+)
 _HAPROXY = """
 global
+  nbthread 1
   log stdout format raw local0
 defaults
   mode http
@@ -44,49 +48,75 @@ frontend application
   http-request return status 200 content-type text/plain string "haproxy"
 """
 
-
-_SEEN = "%[src]:%[src_port] to %[dst]:%[dst_port] id %[fc_pp_unique_id,hex] for %[fc_pp_authority]"
+_ENVOY_SEEN = (
+    "%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%:%DOWNSTREAM_REMOTE_PORT%"
+    " to %DOWNSTREAM_LOCAL_ADDRESS_WITHOUT_PORT%:%DOWNSTREAM_LOCAL_PORT%"
+    " for %FILTER_STATE(envoy.network.proxy_protocol.tlv:FIELD:authority)%\n"
+)
 
 
 class Server:
     """One that has PROXY headers in front of every connection, and says who came."""
 
-    def __init__(self, log: Path) -> None:
-        self._log = log
+    def __init__(self, program: Program) -> None:
+        self._program = program
 
     def saw(self) -> str:
-        """The last line of its log, once there is one."""
-        return wait_for(lambda: self._log.read_text().splitlines(), "a line in its log")[-1]
+        """The last line of its log, once there is one: `client:port to destination:port …`."""
+        return wait_for(self._program.said, "a line in its log")[-1]
 
 
 @contextlib.contextmanager
-def serving(program: str, namespace: Namespace) -> Iterator[Server]:
-    """nginx or haproxy on the application's port, over both families."""
-    with tempfile.TemporaryDirectory(prefix=f"tproxyd-{program}-") as name:
-        scratch = Path(name)
-        config = _NGINX if program == "nginx" else _HAPROXY
-        path = scratch / "config"
-        path.write_text(config.format(scratch=scratch, port=PORT, seen=_SEEN))
-        log = scratch / "seen.log"
-        argv = (
-            [program, "-c", str(path)] if program == "nginx" else [program, "-db", "-f", str(path)]
-        )
-        with (
-            log.open("wb") as out,
-            (scratch / "err").open("wb") as err,
-            subprocess.Popen(namespace.argv(*argv), stdout=out, stderr=err) as process,
-        ):
-            try:
-                listening = f"sport = :{PORT}"
-                wait_for(
-                    lambda: (
-                        namespace.run("ss", "-Hltn", listening).count("LISTEN") == 2
-                        or process.poll() is not None
-                    ),
-                    f"{program} to listen",
-                )
-                said = (scratch / "err").read_text()
-                assert process.poll() is None, f"{program}: exit {process.returncode}: {said}"
-                yield Server(log)
-            finally:
-                process.kill()
+def serving(program: str, namespace: Namespace, port: int = PORT) -> Iterator[Server]:
+    """nginx, haproxy or envoy as an HTTP server that answers with its name, over both families.
+
+    It takes no connection without a header.
+    """
+
+    def config(scratch: Path) -> str:
+        match program:
+            case "nginx":
+                return _NGINX.format(scratch=scratch, port=port)
+            case "haproxy":
+                return _HAPROXY.format(seen=_HAPROXY_SEEN, port=port)
+            case _:
+                return _envoy(port)
+
+    with running(program, namespace, port, config) as process:
+        yield Server(process)
+
+
+def _envoy(port: int) -> str:
+    authority = {"tlv_type": 2, "on_tlv_present": {"key": "authority"}}
+    reads_headers = typed(
+        "envoy.filters.listener.proxy_protocol",
+        "filters.listener.proxy_protocol.v3.ProxyProtocol",
+        rules=[authority],
+        tlv_location="FILTER_STATE",
+    )
+    seen = typed(
+        "envoy.access_loggers.stdout",
+        "access_loggers.stream.v3.StdoutAccessLog",
+        log_format={"text_format_source": {"inline_string": _ENVOY_SEEN}},
+    )
+    answer = {
+        "match": {"prefix": "/"},
+        "direct_response": {"status": 200, "body": {"inline_string": "envoy\n"}},
+    }
+    http = typed(
+        "envoy.filters.network.http_connection_manager",
+        "filters.network.http_connection_manager.v3.HttpConnectionManager",
+        stat_prefix="application",
+        delayed_close_timeout="0s",  # else it waits a second after "Connection: close"
+        use_remote_address=True,
+        http_protocol_options={
+            "accept_http_10": True,
+            "default_host_for_http_10": "application",
+        },
+        access_log=[seen],
+        route_config={
+            "virtual_hosts": [{"name": "application", "domains": ["*"], "routes": [answer]}]
+        },
+        http_filters=[typed("envoy.filters.http.router", "filters.http.router.v3.Router")],
+    )
+    return json.dumps({"static_resources": {"listeners": [listener(port, http, reads_headers)]}})

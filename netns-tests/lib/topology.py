@@ -4,10 +4,14 @@
     10.9.1.2      c0 ══ p0    10.9.1.1    10.9.2.1   p1 ══ b0  10.9.2.2
     fd00:9:1::2               fd00:9:1::1 fd00:9:2::1          fd00:9:2::2
 
+    beyond                    world
+    106.52.131.1    b1 ══ w0  106.52.131.116
+    2001:db8:6a::1            2001:db8:6a::34
+
 The application and tproxyd live in the pod. `client` and `beyond` have the pod as their default
 router, so a test can make the pod forward between them. `beyond` is the load balancer that speaks
-for others, or the untrusted peer that pretends to, or the far end of forwarded traffic: it is built
-only when a test touches it.
+for others, or the untrusted peer that pretends to, or the far end of forwarded traffic; `world` is
+whom it speaks for, and the pod has no route there. Both are built only when a test touches them.
 """
 
 from __future__ import annotations
@@ -31,14 +35,31 @@ class Family(NamedTuple):
     pod: str  # as the client reaches it
     pod_beyond: str  # as `beyond` reaches it
     beyond: str
-    stranger: str  # a client that exists in PROXY headers only
+    stranger: str  # a client that the pod meets in PROXY headers only; it lives in `world`
+    beyond_world: str  # `beyond` as `world` reaches it
 
     def __str__(self) -> str:
         return self.name
 
 
-V4 = Family("v4", "10.9.1.2", "10.9.1.1", "10.9.2.1", "10.9.2.2", "106.52.131.116")
-V6 = Family("v6", "fd00:9:1::2", "fd00:9:1::1", "fd00:9:2::1", "fd00:9:2::2", "2001:db8:6a::34")
+V4 = Family(
+    name="v4",
+    client="10.9.1.2",
+    pod="10.9.1.1",
+    pod_beyond="10.9.2.1",
+    beyond="10.9.2.2",
+    stranger="106.52.131.116",
+    beyond_world="106.52.131.1",
+)
+V6 = Family(
+    name="v6",
+    client="fd00:9:1::2",
+    pod="fd00:9:1::1",
+    pod_beyond="fd00:9:2::1",
+    beyond="fd00:9:2::2",
+    stranger="2001:db8:6a::34",
+    beyond_world="2001:db8:6a::1",
+)
 
 
 def seen_port(port: int) -> int:
@@ -86,15 +107,22 @@ class Topology:
         self._join(beyond, "b0", self.pod, "p1", V4.beyond, V4.pod_beyond, V6.beyond, V6.pod_beyond)
         return beyond
 
+    @cached_property
+    def world(self) -> Namespace:
+        world = self._exit.enter_context(Namespace("world"))
+        v4, v6 = (V4.stranger, V4.beyond_world), (V6.stranger, V6.beyond_world)
+        self._join(world, "w0", self.beyond, "b1", *v4, *v6)
+        return world
+
     def _join(
-        self, leaf: Namespace, a: str, pod: Namespace, b: str, a4: str, b4: str, a6: str, b6: str
+        self, leaf: Namespace, a: str, hub: Namespace, b: str, a4: str, b4: str, a6: str, b6: str
     ) -> None:
-        """A veth pair between them, with addresses, and the pod as the leaf's default router.
+        """A veth pair between them, with addresses, and the hub as the leaf's default router.
 
         : duplicate address detection would keep the IPv6 addresses unusable for a second.
         """
-        leaf.ip(f"link add {a} type veth peer name {b} netns {pod.name}")
-        pod.ip(f"addr add {b4}/24 dev {b}", f"addr add {b6}/64 dev {b}", f"link set {b} up")
+        leaf.ip(f"link add {a} type veth peer name {b} netns {hub.name}")
+        hub.ip(f"addr add {b4}/24 dev {b}", f"addr add {b6}/64 dev {b}", f"link set {b} up")
         leaf.ip(
             f"addr add {a4}/24 dev {a}",
             f"addr add {a6}/64 dev {a}",
@@ -133,6 +161,10 @@ class Topology:
     def connect_beyond(self, family: Family = V4, port: int = PORT) -> socket.socket:
         """The neighbour's connection to the pod."""
         return self.keep(self.beyond.connect(family.pod_beyond, port))
+
+    def connect_world(self, family: Family, port: int) -> socket.socket:
+        """A stranger's connection to the load balancer."""
+        return self.keep(self.world.connect(family.beyond_world, port))
 
     def accept(self, family: Family = V4) -> socket.socket:
         """The application's end of the next connection that reaches it."""
