@@ -251,7 +251,16 @@ def _parse_v2(head: bytes, data: bytes | bytearray | memoryview, limit: int) -> 
     if length <= block:
         return Header(2, size, local, source, destination)
     tlvs = _tlvs(header, V2_FIXED + block, defined, local)
+    if local and block and not _are_tlvs(tlvs):
+        # AWS' health checks say AF_INET, leave the addresses out, and go on with TLVs.
+        tlvs = _tlvs(header, V2_FIXED, defined, local)
+        tlvs = tlvs if _are_tlvs(tlvs) else ()
     return Header(2, size, local, source, destination, tlvs)
+
+
+def _are_tlvs(found: tuple[Tlv, ...]) -> bool:
+    """Whether that was the place to look: zeros of an address look like empty TLVs of type 0."""
+    return bool(found) and all(each.type for each in found)
 
 
 def _judge_v2(ver_cmd: int, fam: int) -> None:

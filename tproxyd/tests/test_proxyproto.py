@@ -102,6 +102,19 @@ VALID = {
     "v2 local with a tlv": of_v2(
         v2(0x20, 0x00, raw_tlv(5, b"check")), None, None, Tlv(5, b"check"), local=True
     ),
+    # As an AWS network load balancer sends it (a capture in kubernetes/kubernetes#57250).
+    "v2 local of aws": of_v2(
+        v2(0x20, 0x11, raw_tlv(3, b"\xbc\xe5\x95\x1f") + raw_tlv(4, bytes(74))),
+        None,
+        None,
+        Tlv(3, b"\xbc\xe5\x95\x1f"),
+        Tlv(4, bytes(74)),
+        local=True,
+    ),
+    "v2 local with a tlv behind no address": of_v2(
+        v2(0x20, 0x11, bytes(12) + raw_tlv(5, b"check")), None, None, Tlv(5, b"check"), local=True
+    ),
+    "v2 local with zeros": of_v2(v2(0x20, 0x11, bytes(18)), local=True),
     "v2 local with broken tlvs": of_v2(v2(0x20, 0x00, b"\x01\xff\xff\0"), local=True),
     "v2 local with a wrong checksum": of_v2(
         v2(0x20, 0x00, raw_tlv(5, b"check") + raw_tlv(3, b"\0\0\0\0")), local=True

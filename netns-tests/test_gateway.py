@@ -1,0 +1,200 @@
+"""An ordinary listener in front of backends on other hosts, which know nothing of PROXY headers.
+
+The client's address arrives there as the source of the connection itself, where the backend's
+answers come back through the gateway; or it does not arrive, and the gateway's is seen.
+"""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+from lib.daemon import Daemon
+from lib.streams import Receiving, Sending, assert_talks, pattern
+from lib.topology import PORT, Family, Pair, Topology, seen_port
+from lib.waits import stays, wait_for
+
+GATEWAY_PORT = 8000
+
+
+def gateway(family: Family, *upstreams: str, **options: object) -> str:
+    """A listener in the pod; by default its one upstream is the neighbour."""
+    listed = upstreams or (at(family.beyond),)
+    lines = [
+        "[[listener]]",
+        'name = "web"',
+        'bind = "*"',
+        f"port = {GATEWAY_PORT}",
+        f"upstream = {list(listed)}",
+        *(f"{key} = {value!r}" for key, value in options.items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def at(host: str, port: int = PORT) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def backend(net: Topology, family: Family, port: int = PORT) -> socket.socket:
+    return net.keep(net.beyond.listen(family.beyond, port))
+
+
+def through(net: Topology, family: Family, server: socket.socket, source_port: int = 0) -> Pair:
+    client = net.connect(family, GATEWAY_PORT, source_port=source_port)
+    return Pair(client, net.keep(server.accept()[0]))
+
+
+def test_without_anything_the_backend_sees_the_gateway(net: Topology, family: Family) -> None:
+    """And the kernel is left alone: an ordinary proxy needs nothing of it."""
+    server = backend(net, family)
+    before = net.pod.dump()
+    with Daemon(net.pod, gateway(family)) as daemon:
+        pair = through(net, family, server)
+        assert pair.app.getpeername()[0] == family.pod_beyond
+        assert_talks(pair)
+        assert net.pod.dump() == before
+        pair.client.close()
+        [record] = daemon.wait_log()
+        assert record["downstream_remote_address"].startswith(at(family.client, 0)[:-1])
+        assert record["upstream_host"] == at(family.beyond)
+        assert record["upstream_local_address"] == at(*pair.app.getpeername()[:2])
+
+
+@pytest.mark.parametrize("rp_filter", [0, 1])
+def test_as_the_client(net: Topology, family: Family, rp_filter: int) -> None:
+    server = backend(net, family)
+    for name in ("all", "p0", "p1"):
+        net.pod.sysctl(f"net/ipv4/conf/{name}/rp_filter", rp_filter)
+    with Daemon(net.pod, gateway(family, source="client")) as daemon:
+        pair = through(net, family, server)
+        port = pair.client.getsockname()[1]
+        assert pair.app.getpeername()[:2] == (family.client, seen_port(port))
+        assert_talks(pair)
+        data = pattern(4 << 20)
+        for one, other in (pair, (pair.app, pair.client)):
+            receiving = Receiving(other)
+            Sending(one, data).assert_done()
+            assert receiving.result() == data
+        [record] = daemon.wait_log()
+        asked = record["upstream_local_address_asked"]
+        assert asked == record["upstream_local_address"] == at(family.client, seen_port(port))
+
+
+def test_with_the_clients_own_port(net: Topology, family: Family) -> None:
+    server = backend(net, family)
+    with Daemon(net.pod, gateway(family, source="client-port")) as daemon:
+        pair = through(net, family, server)
+        assert pair.app.getpeername() == pair.client.getsockname()
+        assert_talks(pair)
+        pair.client.close()
+        [record] = daemon.wait_log()
+        assert record["upstream_local_address"] == at(*pair.app.getpeername()[:2])
+
+
+def test_the_clients_own_port_where_it_is_not_free(net: Topology, family: Family) -> None:
+    """Its last connection to this backend is still in TIME_WAIT there: another port, no failure."""
+    server = backend(net, family)
+    other = net.keep(net.pod.listen(family.pod_beyond, PORT))
+    assert other
+    config = gateway(family, source="client-port") + gateway(family, source="client-port").replace(
+        'name = "web"', 'name = "same"'
+    ).replace(f"port = {GATEWAY_PORT}", f"port = {GATEWAY_PORT + 1}")
+    with Daemon(net.pod, config) as daemon:
+        first = through(net, family, server, source_port=40_000)
+        assert first.app.getpeername()[:2] == (family.client, 40_000)
+        second = net.connect(family, GATEWAY_PORT + 1, source_port=40_000)
+        pair = Pair(second, net.keep(server.accept()[0]))
+        assert pair.app.getpeername()[:2] == (family.client, seen_port(40_000))
+        assert_talks(pair)
+        assert_talks(first)
+        second.close()
+        [record] = daemon.wait_log()
+        assert record["upstream_local_address_asked"] == at(family.client, 40_000)
+        assert record["upstream_local_address"] == at(family.client, seen_port(40_000))
+        assert daemon.metric("tproxyd_source_port_retries_total", cause="not_available") == 1
+
+
+def test_answers_that_do_not_come_home(net: Topology, family: Family) -> None:
+    """The backend has a way to the client that avoids us: the deadline ends it, and doctor knows."""
+    backend(net, family)
+    net.beyond.ip(f"route add blackhole {family.client}")
+    with Daemon(net.pod, gateway(family, source="client", connect_timeout_s=0.5)) as daemon:
+        net.connect_and_end(family, GATEWAY_PORT)
+        [record] = daemon.wait_log()
+        assert record["close_reason"] == "upstream_timeout"
+        assert record["upstream_host"] == at(family.beyond)
+
+
+def test_the_backend_refuses(net: Topology, family: Family) -> None:
+    """The RST for a foreign address comes home too: the client hears of it at once."""
+    assert net.beyond
+    with Daemon(net.pod, gateway(family, source="client")) as daemon:
+        net.connect_and_end(family, GATEWAY_PORT)
+        [record] = daemon.wait_log()
+        assert record["close_reason"] == "upstream_refused"
+        assert record["duration"] < 1000
+
+
+def test_a_backend_down_and_another_up(net: Topology, family: Family) -> None:
+    server = backend(net, family)
+    config = gateway(family, at(family.beyond, 81), at(family.beyond), source="client")
+    with Daemon(net.pod, config) as daemon:
+        for _ in range(8):
+            pair = through(net, family, server)
+            assert_talks(pair)
+            pair.client.close()
+        records = daemon.wait_log(8)
+        assert {record["upstream_host"] for record in records} == {at(family.beyond)}
+        failed = [each for record in records for each in record["upstreams_failed"] or ()]
+        assert failed
+        assert all(each["upstream"] == at(family.beyond, 81) for each in failed)
+        assert daemon.metric("tproxyd_upstream_retries_total") == len(failed)
+
+
+def test_all_are_ejected(net: Topology, family: Family) -> None:
+    """Nobody is left to ask: refused at once, and served again when one is back."""
+    assert net.beyond
+    config = "workers = 1\n" + gateway(family, eject_after=2, eject_s=0.3)
+    with Daemon(net.pod, config) as daemon:
+        for _ in range(3):
+            net.connect_and_end(family, GATEWAY_PORT)
+        records = daemon.wait_log(3)
+        ends = [(record["close_reason"], record["response_flags"]) for record in records]
+        assert ends == [("upstream_refused", "UF")] * 2 + [("no_upstream", "UH")]
+        assert daemon.metric("tproxyd_upstream_ejections_total", listener="web") == 1
+        assert "left out for 0.3 s" in daemon.stderr
+        server = backend(net, family)
+
+        def served() -> Pair | None:
+            client = net.connect(family, GATEWAY_PORT)
+            server.settimeout(0.05)
+            try:
+                return Pair(client, net.keep(server.accept()[0]))
+            except TimeoutError:
+                return None
+
+        pair = wait_for(served, "the upstream to be tried again")
+        pair.app.settimeout(10)
+        assert_talks(pair)
+        assert "takes connections again" in daemon.stderr
+
+
+def test_a_backend_that_is_black_holed(net: Topology, family: Family) -> None:
+    """It costs one connect_timeout_s, then the next one is tried."""
+    server = backend(net, family)
+    net.pod.nft(
+        "table inet hole { chain output { type filter hook output priority 0; "
+        f"tcp dport 81 drop\n }}\n }}\n"
+    )
+    config = gateway(
+        family, at(family.beyond, 81), at(family.beyond), connect_timeout_s=0.3, eject_after=1
+    )
+    with Daemon(net.pod, "workers = 1\n" + config) as daemon:
+        for _ in range(2):
+            pair = through(net, family, server)
+            assert_talks(pair)
+            pair.client.close()
+        first, second = daemon.wait_log(2)
+        assert first["upstreams_failed"][0]["why"].endswith("Connection timed out")
+        assert first["duration"] >= 300
+        assert second["upstreams_failed"] is None  # it is ejected
