@@ -153,7 +153,9 @@ def v2_wires(draw: st.DrawFn) -> Wire:
                 Endpoint(fold(str(hosts[0])), sport),
                 Endpoint(fold(str(hosts[1])), dport),
             ]
-    before, after = draw(tlv_lists), draw(tlv_lists)
+    # Under LOCAL a type 0, which is not assigned, says that those are no TLVs.
+    listed = st.lists(tlvs.filter(lambda each: not local or each.type > 0), max_size=6)
+    before, after = draw(listed), draw(listed)
     bytes_before, bytes_after = (
         b"".join(raw_tlv(t.type, t.value) for t in part) for part in (before, after)
     )
