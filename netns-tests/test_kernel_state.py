@@ -411,13 +411,16 @@ def test_an_ordinary_user_is_told_what_is_missing(pod: Namespace, config: Config
 
 
 def test_facts(pod: Namespace) -> None:
-    assert pod.inside(facts) == Facts(
+    found = pod.inside(facts)
+    assert found == Facts(
         ipv6=True,
         host_netns=False,
         set_before=frozenset(),
         sysctls_writable=True,
         lo_up=True,
+        own=found.own,
     )
+    assert found.own > {"127.0.0.1", "::1", "10.9.1.1", "fd00:9:1::1"}
     installed(pod, CONFIGS[ReturnPath.ACCEPT_MARK])
     assert not pod.inside(facts).set_before, "that was us"
     pod.inside(clean)

@@ -1,6 +1,8 @@
-"""What the kernel should hold for a Config: the rule tables, each rule with its reason.
+"""What the kernel should hold for a Config: how packets of its connections find us.
 
-The walk of one connection on this host, C the client, P the pod's address:
+C is the client, P an address of this host, B one of another.
+
+**On this host.** A client comes to P, and we connect to the application as the client:
 
     C:p → P:80     prerouting takes it: tproxy hands the packet to our listener without changing it
     C:q → P:80     our upstream socket spoofs C. Its packets carry the mark, the policy rule sends
@@ -8,7 +10,7 @@ The walk of one connection on this host, C the client, P the pod's address:
     P:80 → C:q     the application's answer. It must come back to us through lo **instead of leaving
                    toward the real client**, which would answer RST. So it must carry the mark too
 
-Two ways to mark the answer (`return_path`):
+Two ways to mark the answer (`return_path`), where a listener may have such a connection at all:
 
 - accept-mark: the sysctl net.ipv4.tcp_fwmark_accept=1 (which serves IPv6 as well) makes the
   application's accepted socket inherit the mark of the SYN. What answers without a socket, the RST
@@ -22,44 +24,46 @@ Two ways to mark the answer (`return_path`):
 
 No DIVERT rule and no mark on the way in: a local destination is delivered locally in any case, and
 tproxy finds the established socket first, the listener second. Flows that are older than the rules
-have a socket that is not transparent; tproxy lets those pass. Only what may be ours is touched:
-packets from outside, TCP, for an address of this host. Forwarded traffic goes its way.
+have a socket that is not transparent; tproxy lets those pass.
 
-In nft a tproxy that finds no socket lets the next rule run. So the last rule of a listener's chain
-refuses a SYN: without it, a connection would silently bypass us whenever nobody listens. Pure.
+**To another host**, as the client: C:q → B:80 leaves unmarked by the usual route, and B must route
+its answers through us. B:80 → C:q is not for an address of this host; a rule finds that we have a
+socket for it (`home`), and the mark, the same policy rule and the same route deliver it here. ICMP
+errors about the connection likewise.
+
+**On a router**, C:p → B:80 is taken by its SYN, with the mark; the rest of its packets find their
+socket by the rule `home`. So what is older, or not selected, is forwarded untouched. Measured, and
+not to be had otherwise:
+
+- A SYN cookie's ACK has no socket to be found by, and is forwarded to B, which resets the client.
+  So where the queue of the listener overflows, or with net.ipv4.tcp_syncookies=2, connections of a
+  router are refused; with 0 they wait for their SYN to be sent again. To hand the listener every
+  ACK without a socket would end all older connections; to tell them apart takes connection
+  tracking, or a memory of SYNs, which is what cookies are to do without.
+- With src_valid_mark=1 on the interface, IPv4 asks for the way back to the sender with the mark of
+  the packet, and finds our table (__fib_validate_source). Then the packets of `home` and of a
+  router arrive only with accept_local=1 and an rp_filter of 0 or 2; otherwise every one is dropped.
+  Without src_valid_mark all values of the two work.
+
+**By nat** (`via = "redirect"`, and what is made on this host): the destination is rewritten to our
+listener, which asks for the original one. Where we then connect as ourselves, no mark is needed.
+Istio's 127.0.0.6 is local by itself; ::6 becomes so by a route of its own, with which a socket that
+is bound to it with IPV6_FREEBIND reaches every local address and gets its answers.
+
+How the rules say it is in chains.py. Pure.
 """
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from tproxyd.addr import PrefixSet
-from tproxyd.config import Config, Intercept, Listener, ReturnPath
-from tproxyd.kernel.firewall import (
-    Chain,
-    ConnMark,
-    DestinationIn,
-    Family,
-    Firewall,
-    Goto,
-    Hook,
-    InInterface,
-    IpVersion,
-    Match,
-    MeetsTransparentSocket,
-    NotForUs,
-    NotTcp,
-    PacketMark,
-    PortIn,
-    Rule,
-    SetConnMark,
-    SetPacketMark,
-    SourceIn,
-    Syn,
-    Tproxy,
-    Verdict,
-)
+from tproxyd.addr import Endpoint, is_name, is_unix
+from tproxyd.config import Config, Listener, ReturnPath, Scope, SourceKind, Via
+from tproxyd.kernel.chains import firewall, mark_mask
+from tproxyd.kernel.firewall import Family
+from tproxyd.kernel.selectors import takes_nothing
 from tproxyd.kernel.state import (
     MARK_SYSCTLS,
     REFLECT_V6,
@@ -69,12 +73,14 @@ from tproxyd.kernel.state import (
     Sysctl,
     number_for,
 )
-from tproxyd.reader import EVERY_PORT
 
 # The mark in decimal (0x539), for whoever reads `ip rule`. Behind `local` (0); before Tailscale's
 # 5210 and its siblings, wg-quick's 32764 and `main` (32766), any of which would send the packets
 # away; and with room before it for an administrator who must overrule us.
 PRIORITY = 1337
+# As whom Istio's sidecar connects in REDIRECT mode: applications and people know them.
+REDIRECTED_V6 = "::6"
+_TABLE_LOCAL = 255  # RT_TABLE_LOCAL, include/uapi/linux/rtnetlink.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +92,60 @@ class Facts:
     set_before: frozenset[str] = frozenset()  # those of MARK_SYSCTLS that were not 0 before us
     sysctls_writable: bool = True  # false where containers get /proc/sys read-only
     lo_up: bool = True
+    own: frozenset[str] = frozenset()  # the addresses of this host
+
+
+# What is needed -----------------------------------------------------------------------------------
+
+
+def dials_here(config: Config, facts: Facts) -> bool:
+    """Whether a connection to an address of this host may carry a foreign source address."""
+    return any(
+        _shows_strangers(each)
+        and (
+            any(_may_be_here(upstream, facts) for upstream in each.upstream)
+            or (not each.upstream and each.intercepts and each.intercept.scope is Scope.LOCAL)
+        )
+        for each in config.listeners
+    )
+
+
+def holds_elsewhere(config: Config, facts: Facts) -> bool:
+    """Whether there may be sockets for connections of which neither end is an address of ours."""
+    return any(
+        (each.intercepts and each.intercept.scope is Scope.FORWARD)
+        or (
+            _shows_strangers(each)
+            and (
+                any(_may_be_elsewhere(upstream, facts) for upstream in each.upstream)
+                or (not each.upstream and _is_outbound(each))
+            )
+        )
+        for each in config.listeners
+    )
+
+
+def _shows_strangers(listener: Listener) -> bool:
+    """Whether upstreams may see an address that is none of this host's."""
+    local_clients = _is_outbound(listener) and not listener.proxy_protocol
+    return listener.spoofs and not local_clients
+
+
+def _is_outbound(listener: Listener) -> bool:
+    return listener.intercepts and listener.intercept.scope is Scope.OUTBOUND
+
+
+def _may_be_here(upstream: Endpoint, facts: Facts) -> bool:
+    return not is_unix(upstream) and (is_name(upstream) or _is_own(upstream, facts))
+
+
+def _may_be_elsewhere(upstream: Endpoint, facts: Facts) -> bool:
+    return not is_unix(upstream) and (is_name(upstream) or not _is_own(upstream, facts))
+
+
+def _is_own(upstream: Endpoint, facts: Facts) -> bool:
+    ip = ipaddress.ip_address(upstream.host)
+    return ip.is_loopback or ip.is_unspecified or upstream.host in facts.own
 
 
 class Choice(NamedTuple):
@@ -94,7 +154,7 @@ class Choice(NamedTuple):
 
 
 def return_path(config: Config, facts: Facts) -> Choice:
-    """How answers find home, and a sentence for the log that says why."""
+    """How answers on this host find home (if `dials_here`), and a sentence that says why."""
     chosen = config.rules.return_path
     if chosen is not ReturnPath.AUTO:
         return Choice(chosen, f"return path {chosen}: the configuration says so")
@@ -109,187 +169,58 @@ def return_path(config: Config, facts: Facts) -> Choice:
     return Choice(path, f"return path {path}: {why}")
 
 
-def desired(config: Config, *, facts: Facts, intercept: bool = True) -> KernelState:
-    """The whole state; without `intercept` only what brings answers home, for the time of a drain.
-
-    Connections that live then need no interception: their packets find their sockets.
-    """
-    path = return_path(config, facts).path
-    sysctls = _to_be_set(facts) if path is ReturnPath.ACCEPT_MARK else ()
-    protocol = number_for(sysctls)
-    mask = mark_mask(config.mark)
-    families: tuple[Family, ...] = (4, 6) if facts.ipv6 else (4,)
-    return KernelState(
-        sysctls=tuple(Sysctl(name, 1) for name in sysctls),
-        routes=tuple(Route(family, config.table, protocol) for family in families),
-        rules=tuple(
-            PolicyRule(family, PRIORITY, config.mark, mask, config.table, protocol)
-            for family in families
-        ),
-        firewall=_firewall(config, facts, path, intercept),
-    )
-
-
 def _to_be_set(facts: Facts) -> tuple[str, ...]:
     """The sysctls of accept-mark that were not set before us."""
     needed = (name for name in MARK_SYSCTLS if facts.ipv6 or name != REFLECT_V6)
     return tuple(name for name in needed if name not in facts.set_before)
 
 
+# The wish -----------------------------------------------------------------------------------------
+
+
+def desired(config: Config, *, facts: Facts, intercept: bool = True) -> KernelState:
+    """The whole state; without `intercept` only what brings answers home, for the time of a drain.
+
+    Connections that live then need no interception: their packets find their sockets.
+    """
+    path = return_path(config, facts).path if dials_here(config, facts) else None
+    home = holds_elsewhere(config, facts)
+    sysctls = _to_be_set(facts) if path is ReturnPath.ACCEPT_MARK else ()
+    protocol = number_for(sysctls)
+    mask = mark_mask(config.mark)
+    families: tuple[Family, ...] = (4, 6) if facts.ipv6 else (4,)
+    marked = families if home or path is not None else ()
+    routes = [Route(family, config.table, protocol) for family in marked]
+    if facts.ipv6 and any(map(_redirected_and_ourselves, config.listeners)):
+        routes.append(Route(6, _TABLE_LOCAL, protocol, f"{REDIRECTED_V6}/128"))
+    return KernelState(
+        sysctls=tuple(Sysctl(name, 1) for name in sysctls),
+        routes=tuple(routes),
+        rules=tuple(
+            PolicyRule(family, PRIORITY, config.mark, mask, config.table, protocol)
+            for family in marked
+        ),
+        firewall=firewall(config, families, path, home, intercept),
+    )
+
+
+def _redirected_and_ourselves(listener: Listener) -> bool:
+    take = listener.intercept
+    redirected = listener.intercepts and take.scope is Scope.LOCAL and take.via is Via.REDIRECT
+    return redirected and listener.source is SourceKind.PROXY
+
+
 def notes(config: Config, facts: Facts) -> tuple[str, ...]:
     """What the operator should hear about this wish, in sentences."""
-    said = [return_path(config, facts).why]
-    if not facts.ipv6:
+    said: list[str] = []
+    intercepting = [each for each in config.listeners if each.intercepts]
+    if dials_here(config, facts):
+        said.append(return_path(config, facts).why)
+    if intercepting and not facts.ipv6:
         said.append("no IPv6 on this machine (or on lo): IPv4 only, IPv6 connections are refused")
     said += [
         f"listener {listener.name} takes nothing: its sources and destinations are of two families"
-        for listener in config.listeners
-        if not _address_matches(listener.intercept)
+        for listener in intercepting
+        if takes_nothing(listener.intercept)
     ]
     return tuple(said)
-
-
-def mark_mask(mark: int) -> int:
-    """All ones up to the mark's highest hexadecimal digit: 0x539 → 0xfff.
-
-    Others may OR bits above ours into a packet's mark; compared whole, 0x10539 would not be 0x539
-    and its packet would leave toward the client.
-    """
-    return (1 << (mark.bit_length() + 3) // 4 * 4) - 1
-
-
-# The rules, in the order in which a packet meets them ---------------------------------------------
-
-
-def _firewall(config: Config, facts: Facts, path: ReturnPath, intercept: bool) -> Firewall:
-    mark, mask = config.mark, mark_mask(config.mark)
-    ours_on_lo = (InInterface(("lo",)), PacketMark(mark, mask))
-    guard = Rule(
-        (*ours_on_lo, Syn(), MeetsTransparentSocket()),
-        Verdict.DROP,
-        "our SYN to the application meets a living connection of the same client. Delivered, it is"
-        " answered there, our connect stalls, and with conntrack it has given that connection our"
-        " mark. Dropped, it is missed at once by our dialler, which takes another port. (The"
-        " application's own listener is not transparent.)",
-    )
-    remember = Rule(
-        ours_on_lo,
-        SetConnMark(mark, mask),
-        "keep the mark of our upstream connection for its answers; without it they leave toward the"
-        " real client, which resets the connection",
-    )
-    taken = Rule(
-        (ConnMark(mark, mask), Syn()),
-        Verdict.DROP,
-        "a client at the port of a living upstream connection of ours: a refusal would end that"
-        " connection in conntrack's books, and lose its answers; the client tries again by itself",
-    )
-    recall = Rule(
-        (ConnMark(mark, mask),),
-        SetPacketMark(mark, mask),
-        "the application's answer gets the mark of its connection and is routed once more, to lo",
-    )
-    bypasses = (
-        Rule(
-            (InInterface(("lo",)),),
-            Verdict.ACCEPT,
-            "what comes through lo is this host's own: our upstream connections would loop to us",
-        ),
-        Rule((NotTcp(),), Verdict.ACCEPT, "only TCP is proxied"),
-        Rule(
-            (NotForUs(),),
-            Verdict.ACCEPT,
-            "forwarded traffic goes its way; without it, a node would take its pods' connections",
-        ),
-    )
-    conntrack = path is ReturnPath.CONNTRACK
-    takes = [rule for listener in config.listeners for rule in _selectors(listener)]
-    prerouting = (
-        guard,
-        *((remember,) if conntrack else ()),
-        *(bypasses if intercept else ()),
-        *((taken,) if intercept and conntrack else ()),
-        *(takes if intercept else ()),
-    )
-    chains = [Chain("prerouting", Hook.PREROUTING, prerouting)]
-    if conntrack:
-        chains.append(Chain("output", Hook.OUTPUT, (recall,)))
-    if intercept:
-        chains += [_take(listener, facts) for listener in config.listeners]
-    return tuple(chains)
-
-
-def _chain_name(listener: Listener) -> str:
-    """Prefixed: a listener may be called "output"."""
-    return f"take_{listener.name}"
-
-
-def _selectors(listener: Listener) -> list[Rule]:
-    """One rule into the listener's chain for each combination that a single rule cannot say."""
-    take = listener.intercept
-    ports: tuple[Match, ...] = ()
-    if take.ports != EVERY_PORT:
-        ports += (PortIn(take.ports),)
-    if take.exclude_ports:
-        ports += (PortIn(take.exclude_ports, negate=True),)
-    return [
-        Rule(
-            (*interface, *addresses, *ports),
-            Goto(_chain_name(listener)),
-            f"connections for listener {listener.name}",
-        )
-        for interface in _interface_matches(take)
-        for addresses in _address_matches(take)
-    ]
-
-
-def _interface_matches(take: Intercept) -> list[tuple[Match, ...]]:
-    """Plain names share a rule; a wildcard has its own, since older nft takes none in a set."""
-    plain = tuple(name for name in take.interfaces if not name.endswith("*"))
-    wild = [name for name in take.interfaces if name.endswith("*")]
-    matches: list[tuple[Match, ...]] = [(InInterface(plain),)] if plain else []
-    matches += [(InInterface((name,)),) for name in wild]
-    return matches or [()]
-
-
-def _address_matches(take: Intercept) -> list[tuple[Match, ...]]:
-    """One rule for both families, or one for each that can match; a v4 list takes no IPv6."""
-    if not take.sources and not take.destinations:
-        return [()]
-    matches: list[tuple[Match, ...]] = []
-    families: tuple[Family, ...] = (4, 6)
-    for family in families:
-        sources, destinations = _of(take.sources, family), _of(take.destinations, family)
-        if (sources or not take.sources) and (destinations or not take.destinations):
-            source: tuple[Match, ...] = (SourceIn(family, sources),) if sources else ()
-            matches.append(
-                (*source, *((DestinationIn(family, destinations),) if destinations else ()))
-            )
-    return matches
-
-
-def _of(prefixes: PrefixSet, family: Family) -> PrefixSet:
-    return PrefixSet(network for network in prefixes.networks if network.version == family)
-
-
-def _take(listener: Listener, facts: Facts) -> Chain:
-    families: tuple[Family, ...] = (4, 6) if facts.ipv6 else (4,)
-    return Chain(
-        _chain_name(listener),
-        None,
-        (
-            *(
-                Rule(
-                    (IpVersion(family),),
-                    Tproxy(family, listener.port),
-                    f"IPv{family}: to the connection's own socket, else to our listener",
-                )
-                for family in families
-            ),
-            Rule(
-                (Syn(),),
-                Verdict.RESET,
-                "nobody listens: refuse at once; without it the connection would bypass the proxy",
-            ),
-        ),
-    )

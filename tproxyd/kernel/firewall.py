@@ -42,6 +42,11 @@ class NotTcp:
 
 
 @dataclass(frozen=True, slots=True)
+class Icmp:
+    """ICMP of either IP version."""
+
+
+@dataclass(frozen=True, slots=True)
 class SourceIn:
     """Implies the IP version: the prefixes are of one."""
 
@@ -53,6 +58,7 @@ class SourceIn:
 class DestinationIn:
     family: Family
     prefixes: PrefixSet
+    negate: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +70,25 @@ class PortIn:
 
 
 @dataclass(frozen=True, slots=True)
-class NotForUs:
-    """The destination is not a local address: forwarded, broadcast or multicast."""
+class ForUs:
+    """The destination is a local address. Negated: forwarded, broadcast or multicast."""
+
+    negate: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Syn:
-    """A TCP segment that opens a connection: SYN without FIN, RST and ACK."""
+    """A TCP segment that opens a connection: SYN without FIN, RST and ACK. Negated: any other."""
+
+    negate: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class NotMadeBy:
+    """Made here, by a socket whose user, or group, is not in these closed, merged ranges."""
+
+    owner: Literal["uid", "gid"]
+    ranges: PortRanges
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,21 +104,32 @@ class ConnMark:
 
 
 @dataclass(frozen=True, slots=True)
+class Established:
+    """Of a connection that connection tracking has seen packets of in both directions."""
+
+
+@dataclass(frozen=True, slots=True)
 class MeetsTransparentSocket:
-    """A socket with IP_TRANSPARENT has, or listens on, exactly this packet's addresses."""
+    """A socket with IP_TRANSPARENT has, or listens on, exactly this packet's addresses.
+
+    Or those of the packet that an ICMP error is about.
+    """
 
 
 Match = (
     InInterface
     | IpVersion
     | NotTcp
+    | Icmp
     | SourceIn
     | DestinationIn
     | PortIn
-    | NotForUs
+    | ForUs
     | Syn
+    | NotMadeBy
     | PacketMark
     | ConnMark
+    | Established
     | MeetsTransparentSocket
 )
 
@@ -120,17 +149,6 @@ class Goto:
 
 
 @dataclass(frozen=True, slots=True)
-class Tproxy:
-    """Deliver to the connection's socket, else to the transparent listener on `port`, and accept.
-
-    Without either the next rule is tried.
-    """
-
-    family: Family
-    port: int
-
-
-@dataclass(frozen=True, slots=True)
 class SetPacketMark:
     """Write the bits of `mask`; keep the others, which are other programs'. The next rule runs."""
 
@@ -139,12 +157,38 @@ class SetPacketMark:
 
 
 @dataclass(frozen=True, slots=True)
+class Tproxy:
+    """Deliver to the connection's socket, else to the transparent listener on `port`, and accept.
+
+    Without either the next rule is tried, and the mark is not written.
+    """
+
+    family: Family
+    port: int
+    mark: SetPacketMark | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Divert:
+    """Write the mark, by which the packet is routed to this host, and accept."""
+
+    mark: SetPacketMark
+
+
+@dataclass(frozen=True, slots=True)
+class Redirect:
+    """Rewrite the destination of the connection to this host and `port`; for chains of nat."""
+
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
 class SetConnMark:
     value: int
     mask: int
 
 
-Action = Verdict | Goto | Tproxy | SetPacketMark | SetConnMark
+Action = Verdict | Goto | Tproxy | Divert | Redirect | SetPacketMark | SetConnMark
 
 
 # Rules and chains ---------------------------------------------------------------------------------
@@ -174,10 +218,15 @@ class Rule:
 
 
 class Hook(StrEnum):
-    """Where a base chain is called, both at priority mangle: behind conntrack, before nat."""
+    """Where a base chain is called: at priority mangle, behind conntrack and before nat; or as nat.
+
+    A chain of nat sees the first packet of a connection only.
+    """
 
     PREROUTING = "prerouting"
     OUTPUT = "output"  # of type route: a changed mark asks the routing tables again
+    NAT_PREROUTING = "prerouting of nat"
+    NAT_OUTPUT = "output of nat"
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,20 +251,27 @@ def match_text(match: Match) -> str:
             return f"IPv{family}"
         case NotTcp():
             return "not TCP"
+        case Icmp():
+            return "ICMP"
         case SourceIn(prefixes=prefixes):
             return f"from {' or '.join(map(str, prefixes.networks))}"
-        case DestinationIn(prefixes=prefixes):
-            return f"to {' or '.join(map(str, prefixes.networks))}"
+        case DestinationIn(prefixes=prefixes, negate=negate):
+            where = (" nor " if negate else " or ").join(map(str, prefixes.networks))
+            return f"{'not ' if negate else ''}to {where}"
         case PortIn(ranges, negate):
             return f"{'not ' if negate else ''}to port {ranges_text(ranges)}"
-        case NotForUs():
-            return "not to an address of this host"
-        case Syn():
-            return "SYN"
+        case ForUs(negate):
+            return f"{'not ' if negate else ''}to an address of this host"
+        case Syn(negate):
+            return "not a SYN" if negate else "SYN"
+        case NotMadeBy(owner, ranges):
+            return f"not made by {owner} {ranges_text(ranges)}"
         case PacketMark(value, mask):
             return f"mark {value:#x}/{mask:#x}"
         case ConnMark(value, mask):
             return f"connection mark {value:#x}/{mask:#x}"
+        case Established():
+            return "of an established connection"
         case MeetsTransparentSocket():
             return "meets a transparent socket"
         case _:
@@ -229,8 +285,13 @@ def action_text(action: Action) -> str:
             return str(action)
         case Goto(chain):
             return f"goto {chain}"
-        case Tproxy(family, port):
-            return f"tproxy IPv{family} to port {port} and accept, if a socket is there"
+        case Tproxy(family, port, mark):
+            marked = "" if mark is None else f", {action_text(mark)}"
+            return f"tproxy IPv{family} to port {port}{marked} and accept, if a socket is there"
+        case Divert(mark):
+            return f"{action_text(mark)} and accept"
+        case Redirect(port):
+            return f"redirect to port {port}"
         case SetPacketMark(value, mask):
             return f"set mark {value:#x}/{mask:#x}"
         case SetConnMark(value, mask):

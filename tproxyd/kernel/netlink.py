@@ -89,9 +89,11 @@ class Netlink:
     def close(self) -> None:
         self._socket.close()
 
-    def list(self, kind: int, family: int, *, protocol: int = 0, table: int = 0) -> list[Item]:
-        """Routes or rules: RTM_GETROUTE, of one protocol number or table, or RTM_GETRULE."""
-        request = _ITEM.pack(family, 0, 0, 0, 0, protocol, 0, 0, 0)
+    def list(
+        self, kind: int, family: int, *, protocol: int = 0, table: int = 0, action: int = 0
+    ) -> list[Item]:
+        """RTM_GETROUTE, of one protocol number, table or action; or RTM_GETRULE."""
+        request = _ITEM.pack(family, 0, 0, 0, 0, protocol, 0, action, 0)
         if table:
             request += _ATTRIBUTE.pack(8, TABLE) + _NUMBER.pack(table)
         for _ in range(_ATTEMPTS):

@@ -28,11 +28,15 @@ from typing import Protocol
 from tproxyd import linux
 from tproxyd.errors import KernelError
 from tproxyd.kernel.firewall import Firewall
-from tproxyd.kernel.nftlang import TABLE, Listing, lists_our_table, parse, render
+from tproxyd.kernel.nftjson import Listing, lists_our_table, parse
+from tproxyd.kernel.nftlang import TABLE, render
 
 LIBRARY = "libnftables.so.1"
 _INSTALL = "install it: apt install libnftables1 (or nftables)"
-_MODULES = "nf_tables, nft_tproxy, nft_socket, nft_fib_inet, nft_reject_inet, nft_ct"
+_MODULES = (
+    "nf_tables, nft_tproxy, nft_socket, nft_fib_inet, nft_reject_inet, nft_ct, nft_redir,"
+    " nft_chain_nat"
+)
 
 _NETLINK_NETFILTER = 12  # include/uapi/linux/netlink.h
 _OUTPUT_JSON = 1 << 4  # nftables/libnftables.h, NFT_CTX_OUTPUT_JSON

@@ -31,7 +31,7 @@ from typing import Protocol
 
 from tproxyd.config import Config, ReturnPath
 from tproxyd.errors import KernelError
-from tproxyd.kernel.desired import PRIORITY, Facts, desired, notes, return_path
+from tproxyd.kernel.desired import PRIORITY, Facts, desired, dials_here, notes, return_path
 from tproxyd.kernel.firewall import Firewall
 from tproxyd.kernel.nft import Nft
 from tproxyd.kernel.nftlang import render
@@ -53,7 +53,7 @@ class Report:
     ] = ()  # what is still not as it should be: the changes that would fix it
     notes: tuple[str, ...] = ()  # what the operator should hear
     installed: bool = False  # the kernel holds something of ours
-    return_path: ReturnPath | None = None  # how answers find home; None for clean
+    return_path: ReturnPath | None = None  # how answers on this host find home, if there are any
 
 
 class World(Protocol):
@@ -106,11 +106,15 @@ def install(config: Config, *, intercept: bool = True, world: World | None = Non
     world = world or Machine()
     with world.lock():
         facts = world.facts()
-        if not facts.lo_up:
+        want = desired(config, facts=facts, intercept=intercept)
+        if want.routes and not facts.lo_up:
             why = "lo is down, and answers come home through it"
             raise KernelError("install the kernel state", why, "ip link set lo up")
-        want = desired(config, facts=facts, intercept=intercept)
-        return _reconcile(want, world, notes(config, facts), return_path(config, facts).path)
+        return _reconcile(want, world, notes(config, facts), _chosen(config, facts))
+
+
+def _chosen(config: Config, facts: Facts) -> ReturnPath | None:
+    return return_path(config, facts).path if dials_here(config, facts) else None
 
 
 def clean(*, world: World | None = None) -> Report:
@@ -124,7 +128,7 @@ def check(config: Config, *, intercept: bool = True, world: World | None = None)
     with world.lock():
         facts = world.facts()
         have = _read(world)
-    said, chosen = notes(config, facts), return_path(config, facts).path
+    said, chosen = notes(config, facts), _chosen(config, facts)
     want = desired(config, facts=facts, intercept=intercept)
     differs = tuple(map(str, diff(have, want)))
     return Report((), differs, said, have != EMPTY, chosen)

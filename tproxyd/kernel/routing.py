@@ -1,4 +1,4 @@
-"""Policy rules, local routes and the sysctl: read and written; the only importer of pyroute2.
+"""Policy rules and local routes, read and written; and the sysctls. The only pyroute2 importer.
 
 What is read is read with netlink.py, what is written goes through pyroute2. That is imported for
 the first write, since it is 10 MB in a process that may only ever look, and in part (`_Pyroute2`);
@@ -11,9 +11,7 @@ What is built on:
 - The kernel takes two rules that differ in their protocol number only, or not even in that if they
   have no priority. Deleting compares the number, so a foreign twin of our rule survives. (Run on
   Linux 6.18; FRA_PROTOCOL is older than anything we support: 4.17.)
-- `ip link set lo down` deletes the IPv6 route, and `lo up` does not bring it back.
-- /proc/sys/net is that of the calling thread's network namespace. It may be written with
-  CAP_NET_ADMIN, but in most containers it is mounted read-only.
+- `ip link set lo down` deletes the IPv6 routes, and `lo up` does not bring them back.
 - The loopback device has index 1 in every network namespace (LOOPBACK_IFINDEX, net/flow.h).
 """
 
@@ -29,9 +27,11 @@ import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from tproxyd.addr import fold
 from tproxyd.errors import KernelError
-from tproxyd.kernel import netlink
-from tproxyd.kernel.desired import Facts, mark_mask
+from tproxyd.kernel import netlink, sysctls
+from tproxyd.kernel.chains import mark_mask
+from tproxyd.kernel.desired import Facts
 from tproxyd.kernel.firewall import FULL_MASK, Family
 from tproxyd.kernel.netlink import RTM_DELROUTE, RTM_DELRULE, RTM_GETROUTE, RTM_GETRULE, Item
 from tproxyd.kernel.state import (
@@ -49,16 +49,18 @@ from tproxyd.kernel.state import (
 
 _LO = 1
 _AF: dict[Family, int] = {4: socket.AF_INET, 6: socket.AF_INET6}
+_LENGTH: dict[Family, int] = {4: 32, 6: 128}  # of an address in bits
 
 # include/uapi/linux/rtnetlink.h, fib_rules.h, if.h
 _RTN_LOCAL = 2
+_RT_TABLE_LOCAL = 255
 _RT_SCOPE_HOST = 254
 _FR_ACT_TO_TBL = 1
 _IFF_UP = 1
 # The metric that IPv6 gives to a route without one (IP6_RT_PRIO_USER, include/linux/ipv6_route.h).
 _METRIC_V6 = 1024
 _ROUTE_ATTRIBUTES = {
-    *(netlink.TABLE, netlink.OIF, netlink.PRIORITY),
+    *(netlink.DST, netlink.TABLE, netlink.OIF, netlink.PRIORITY),
     *(netlink.ROUTE_CACHEINFO, netlink.ROUTE_PREF),
 }
 _RULE_ATTRIBUTES = {
@@ -99,18 +101,19 @@ class Routing:
         """What `desired` must know of this machine."""
         owned = _remembered(*self._ours())
         return Facts(
-            ipv6=_ipv6(),
+            ipv6=sysctls.ipv6(),
             host_netns=in_host_netns(),
-            set_before=frozenset(name for name in MARK_SYSCTLS if _value(name)) - owned,
-            sysctls_writable=all(_writable(name) for name in MARK_SYSCTLS),
+            set_before=frozenset(name for name in MARK_SYSCTLS if sysctls.value(name)) - owned,
+            sysctls_writable=all(sysctls.is_writable(name) for name in MARK_SYSCTLS),
             lo_up=self._lo_up(),
+            own=self._own(),
         )
 
     def read(self) -> KernelState:
         """Ours, without the firewall; a sysctl only while something remembers that it is ours."""
         routes, rules = self._ours()
         owned = _remembered(routes, rules)
-        values = ((name, _value(name)) for name in MARK_SYSCTLS if name in owned)
+        values = ((name, sysctls.value(name)) for name in MARK_SYSCTLS if name in owned)
         return KernelState(
             sysctls=tuple(Sysctl(name, value) for name, value in values if value),
             routes=tuple(map(_route, routes)),
@@ -122,9 +125,9 @@ class Routing:
         self._read = None
         match change.old, change.new:
             case _, Sysctl() as new:
-                _write(new.name, new.value)
+                self._write(new.name, new.value)
             case Sysctl() as old, None:
-                _write(old.name, 0)
+                self._write(old.name, 0)
             case None, Route() as new:
                 self._ask(change, "route", "add", **_route_arguments(new))
             case _, Route() as new:
@@ -176,6 +179,12 @@ class Routing:
         except pyroute2.NetlinkError as error:
             raise _refusal(action, OSError(error.code, os.strerror(error.code))) from error
 
+    def _write(self, name: str, value: int) -> None:
+        try:
+            sysctls.write(name, value)
+        except OSError as error:
+            raise _refusal(f"set {name}={value}", error) from error
+
     def _drop(self, action: object, method: str, *words: str, **fields: object) -> None:
         """A removal: that it is gone already is what was wanted."""
         try:
@@ -215,9 +224,19 @@ class Routing:
         self._read = routes, rules
         return self._read
 
-    def _list(self, kind: int, family: Family, protocol: int = 0, table: int = 0) -> list[Item]:
+    def _own(self) -> frozenset[str]:
+        """The addresses of this host, without those that are such through us."""
+        return frozenset(
+            fold(host)
+            for family in _AF
+            for item in self._list(RTM_GETROUTE, family, table=_RT_TABLE_LOCAL, action=_RTN_LOCAL)
+            if item.action == _RTN_LOCAL and item.dst_len == _LENGTH[family]
+            if item.protocol not in NUMBERS and (host := item.address(netlink.DST))
+        )
+
+    def _list(self, kind: int, family: Family, **only: int) -> list[Item]:
         try:
-            items = self._reader().list(kind, _AF[family], protocol=protocol, table=table)
+            items = self._reader().list(kind, _AF[family], **only)
         except OSError as error:
             # There is no such table; or no IPv6.
             if error.errno in _GONE or (family == 6 and error.errno in _NO_FAMILY):
@@ -286,26 +305,29 @@ def _pyroute2() -> _Pyroute2:
 def _route(item: Item) -> Route | UnknownRoute:
     family: Family = 4 if item.family == socket.AF_INET else 6
     table, number = item.number(netlink.TABLE) or item.table, item.protocol
+    where = f"{item.address(netlink.DST) or 'default'}/{item.dst_len}"
+    destination = "default" if item.dst_len == 0 else where
     usual = (
         item.action == _RTN_LOCAL
-        and item.dst_len == item.src_len == item.tos == 0
+        and item.src_len == item.tos == 0
         and item.number(netlink.OIF) == _LO
         and item.number(netlink.PRIORITY) in (None, _METRIC_V6)
         and item.attributes.keys() <= _ROUTE_ATTRIBUTES
     )
     if usual:
-        return Route(family, table, number)
-    where = f"{item.address(netlink.DST) or 'default'}/{item.dst_len} type {item.action}"
+        return Route(family, table, number, destination)
     via = f"via {item.address(netlink.GATEWAY)} dev {item.number(netlink.OIF)}"
     metric = f"metric {item.number(netlink.PRIORITY)}"
-    return UnknownRoute(family, f"{where} {via} {metric} table {table} proto {number}")
+    text = f"{where} type {item.action} {via} {metric} table {table} proto {number}"
+    return UnknownRoute(family, text)
 
 
 def _route_arguments(route: Route) -> dict[str, object]:
+    everything = "default" if route.family == 4 else "::/0"
     return {
         "family": _AF[route.family],
         "type": "local",
-        "dst": "default" if route.family == 4 else "::/0",
+        "dst": everything if route.destination == "default" else route.destination,
         "oif": _LO,
         "scope": _RT_SCOPE_HOST,
         "table": route.table,
@@ -352,49 +374,3 @@ def _remembered(routes: list[Item], rules: list[Item]) -> frozenset[str]:
     numbers = {item.protocol for item in routes}
     numbers |= {item.number(netlink.RULE_PROTOCOL) or 0 for item in rules}
     return frozenset(name for number in numbers for name in remembered(number))
-
-
-# /proc/sys ----------------------------------------------------------------------------------------
-
-
-def _path(name: str) -> str:
-    return f"/proc/sys/{name.replace('.', '/')}"
-
-
-def _value(name: str) -> int:
-    """0 where the kernel has no such sysctl."""
-    try:
-        with open(_path(name), "rb") as file:
-            return int(file.read())
-    except OSError:
-        return 0
-
-
-def _writable(name: str) -> bool:
-    """Opening says it without a change; access(2) asks for the real user, not the capabilities."""
-    path = _path(name)
-    if not os.path.exists(path):  # without IPv6: then it is not written either
-        return True
-    try:
-        os.close(os.open(path, os.O_WRONLY | os.O_CLOEXEC))
-    except OSError:
-        return False
-    return True
-
-
-def _write(name: str, value: int) -> None:
-    try:
-        with open(_path(name), "w", encoding="ascii") as file:
-            file.write(f"{value}\n")
-    except OSError as error:
-        raise _refusal(f"set {name}={value}", error) from error
-
-
-def _ipv6() -> bool:
-    """IPv6 sockets can be made, and lo has IPv6: without it our route has no device."""
-    try:
-        socket.socket(socket.AF_INET6, socket.SOCK_STREAM).close()
-    except OSError:
-        return False
-    name = "net.ipv6.conf.lo.disable_ipv6"
-    return os.path.exists(_path(name)) and _value(name) == 0

@@ -73,15 +73,16 @@ class Sysctl:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """`local default dev lo`: every packet that comes to this table is delivered on this host."""
+    """`local … dev lo`: packets to there that come to this table are delivered on this host."""
 
     family: Family
     table: int
     protocol: int
+    destination: str = "default"  # or a prefix
 
     @property
     def slot(self) -> tuple[object, ...]:
-        return (self.family, self.table)
+        return (self.family, self.table, self.destination)
 
     @property
     def command(self) -> str:
@@ -89,7 +90,8 @@ class Route:
 
     def __str__(self) -> str:
         return (
-            f"ip -{self.family} route local default dev lo table {self.table} proto {self.protocol}"
+            f"ip -{self.family} route local {self.destination} dev lo"
+            f" table {self.table} proto {self.protocol}"
         )
 
 

@@ -41,7 +41,8 @@ from tproxyd.kernel.firewall import (
     Verdict,
 )
 from tproxyd.kernel.nft import Nft
-from tproxyd.kernel.nftlang import lists_our_table, parse, render
+from tproxyd.kernel.nftjson import lists_our_table, parse
+from tproxyd.kernel.nftlang import render
 from tproxyd.kernel.state import KernelState, diff
 
 DATA = Path(__file__).parent / "data"

@@ -1,0 +1,87 @@
+"""Which connections a listener takes, as the fewest rules that can say it. Pure."""
+
+from __future__ import annotations
+
+from tproxyd.addr import PrefixSet
+from tproxyd.config import Intercept
+from tproxyd.kernel.firewall import (
+    Action,
+    DestinationIn,
+    Family,
+    InInterface,
+    IpVersion,
+    Match,
+    NotMadeBy,
+    PortIn,
+    Rule,
+    SourceIn,
+)
+from tproxyd.reader import EVERY_PORT, merge_ranges
+
+
+def selection(take: Intercept, action: Action, comment: str) -> list[Rule]:
+    """`action` for what `take` selects: a rule for each combination that a single one cannot say.
+
+    () where the families of its sources and destinations cannot meet.
+    """
+    ports: tuple[Match, ...] = ()
+    if take.ports != EVERY_PORT:
+        ports += (PortIn(take.ports),)
+    if take.exclude_ports:
+        ports += (PortIn(take.exclude_ports, negate=True),)
+    return [
+        Rule((*interface, *addresses, *ports, *_owners(take)), action, comment)
+        for interface in _interfaces(take)
+        for addresses in _addresses(take)
+    ]
+
+
+def takes_nothing(take: Intercept) -> bool:
+    return not _addresses(take)
+
+
+def _interfaces(take: Intercept) -> list[tuple[Match, ...]]:
+    """Plain names share a rule; a wildcard has its own, since older nft takes none in a set."""
+    plain = tuple(name for name in take.interfaces if not name.endswith("*"))
+    wild = [name for name in take.interfaces if name.endswith("*")]
+    matches: list[tuple[Match, ...]] = [(InInterface(plain),)] if plain else []
+    matches += [(InInterface((name,)),) for name in wild]
+    return matches or [()]
+
+
+def _addresses(take: Intercept) -> list[tuple[Match, ...]]:
+    """One rule for both families, or one for each that can match.
+
+    A list of one family takes nothing of the other, and excludes nothing of it.
+    """
+    if not take.sources and not take.destinations and not take.exclude_destinations:
+        return [()]
+    matches: list[tuple[Match, ...]] = []
+    families: tuple[Family, ...] = (4, 6)
+    for family in families:
+        sources, destinations = _of(take.sources, family), _of(take.destinations, family)
+        excluded = _of(take.exclude_destinations, family)
+        if (take.sources and not sources) or (take.destinations and not destinations):
+            continue
+        each: tuple[Match, ...] = ()
+        if sources:
+            each += (SourceIn(family, sources),)
+        if destinations:
+            each += (DestinationIn(family, destinations),)
+        if excluded:
+            each += (DestinationIn(family, excluded, negate=True),)
+        matches.append(each or (IpVersion(family),))
+    return matches
+
+
+def _of(prefixes: PrefixSet, family: Family) -> PrefixSet:
+    return PrefixSet(network for network in prefixes.networks if network.version == family)
+
+
+def _owners(take: Intercept) -> tuple[Match, ...]:
+    matches: tuple[Match, ...] = ()
+    if take.exclude_uids:
+        matches += (NotMadeBy("uid", merge_ranges([(uid, uid) for uid in take.exclude_uids])),)
+    if take.exclude_gids:
+        matches += (NotMadeBy("gid", merge_ranges([(gid, gid) for gid in take.exclude_gids])),)
+    return matches
