@@ -21,10 +21,11 @@ import signal
 import socket
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import uvloop
 
+from tproxyd.addr import Endpoint
 from tproxyd.config import Config
 from tproxyd.errors import CloseReason
 from tproxyd.flow import listen, policy
@@ -87,6 +88,8 @@ class WorkerSpec:
     rows: list[memoryview]  # the counters of every slot, as int64; rows[slot] is ours to write
     control: socket.socket
     access_log: int | None  # a file descriptor
+    # index in config.listeners -> upstreams that may be used now, names resolved
+    upstreams: dict[int, tuple[Endpoint, ...]] = field(default_factory=dict)
 
 
 def run(spec: WorkerSpec) -> None:

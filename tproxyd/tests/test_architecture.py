@@ -45,6 +45,7 @@ PURE = {
     "kernel.state",
     "kernel.firewall",
     "kernel.desired",
+    "proc.picture",
     "flow.proxyproto",
     "flow.tlv",
     "flow.policy",
