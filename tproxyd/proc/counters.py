@@ -103,12 +103,22 @@ class Histogram(NamedTuple):
         return cls(total, microseconds / 1e6, tuple(cumulative))
 
 
+class UpstreamCounts(NamedTuple):
+    """Of one listener that has a list of upstreams."""
+
+    listener: str
+    up: int  # addresses that may be used now, checked or not
+    down: int
+    resolve_failures: int
+
+
 class Own(NamedTuple):
     """What the supervisor counts itself."""
 
     workers: int  # ready now
     worker_restarts: int
     kernel_drift: int
+    upstreams: tuple[UpstreamCounts, ...] = ()
 
 
 def exposition(page: Page, own: Own) -> tuple[bytes, str]:
@@ -159,6 +169,22 @@ def _families(of: dict[str, Samples], own: Own) -> Iterator[Family]:
         "Times the kernel state stopped being what the configuration asks for.",
         own.kernel_drift,
     )
+    upstreams = GaugeMetricFamily(
+        "tproxyd_upstreams",
+        "Addresses of upstreams, by what active health checks say; up where there are none.",
+        labels=("listener", "state"),
+    )
+    failures = CounterMetricFamily(
+        "tproxyd_resolve_failures",
+        "Times the name of an upstream could not be resolved.",
+        labels=("listener",),
+    )
+    for one in own.upstreams:
+        upstreams.add_metric((one.listener, "up"), one.up)
+        upstreams.add_metric((one.listener, "down"), one.down)
+        failures.add_metric((one.listener,), one.resolve_failures)
+    yield upstreams
+    yield failures
     build = GaugeMetricFamily("tproxyd_build_info", "Always 1.", labels=("version",))
     build.add_metric((__version__,), 1)
     yield build

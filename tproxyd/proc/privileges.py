@@ -1,7 +1,6 @@
-"""What a worker gives up before it reads a byte of anybody's.
+"""Giving up privileges: an ordinary user, and no capability that is not needed.
 
-All but CAP_NET_RAW, which transparent sockets, foreign source addresses and the mark need (SO_MARK
-by it alone since Linux 5.17), and that too where the configuration has nothing of the kind.
+Whoever reads what strangers send, bytes of clients or answers of name servers, does it first.
 """
 
 from __future__ import annotations
@@ -10,32 +9,24 @@ import logging
 import os
 import pwd
 
-from tproxyd.linux import CAP_NET_RAW, CAPABILITY_NAMES, become, capabilities, keep_only
+from tproxyd.linux import become, capabilities, keep_only
 
 log = logging.getLogger(__name__)
 
 UNPRIVILEGED_USERS = ("tproxyd", "nobody")  # the first that exists
 
 
-def drop_privileges(transparent: bool) -> None:
-    """Become an ordinary user with CAP_NET_RAW alone, or, unless `transparent`, without anything.
-
-    PermissionError names what is lacking.
-    """
-    if transparent and CAP_NET_RAW not in capabilities():
-        raise PermissionError(
-            f"can't open transparent sockets: {CAPABILITY_NAMES[CAP_NET_RAW]} "
-            f"is missing; run as root or with AmbientCapabilities=CAP_NET_RAW"
-        )
+def drop(keep: frozenset[int]) -> None:
+    """Keep of the capabilities only those in `keep`, and of root nothing."""
+    keep &= capabilities()
     if os.geteuid() == 0:
         user = next(filter(None, map(_user, UNPRIVILEGED_USERS)), None)
         if user is not None:
             try:
                 become(user.pw_uid, user.pw_gid)
             except OSError as error:  # a user namespace that maps only root
-                left = "CAP_NET_RAW alone" if transparent else "no capability"
-                log.info("workers stay uid 0 (%s), with %s", error.strerror, left)
-    keep_only(frozenset((CAP_NET_RAW,) if transparent else ()))
+                log.info("staying uid 0 (%s), with few capabilities", error.strerror)
+    keep_only(keep)
 
 
 def _user(name: str) -> pwd.struct_passwd | None:

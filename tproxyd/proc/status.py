@@ -1,25 +1,42 @@
 """The picture of a running daemon: what /status says as JSON, and how `tproxyd status` draws it.
 
 Both ends of one format, in one file. Every key is always there, zeros too: what people write
-against this must not depend on what has happened so far. Pure.
+against this must not depend on what has happened so far. Here are also the words for what a
+listener does, which the log uses at the start. Pure.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypedDict
 
-from tproxyd.config import Intercept
+from tproxyd.addr import Endpoint
+from tproxyd.config import Intercept, Listener, Scope, Via
 from tproxyd.flow.tally import ACTIVE, CONNECT_SECONDS, CONNECTIONS, METRICS, Kind
 from tproxyd.proc.counters import Histogram, Samples
+from tproxyd.proc.picture import Entry, Health
 from tproxyd.reader import EVERY_PORT, PortRanges
+
+
+class AddressPart(TypedDict):
+    address: str
+    health: str  # "up", "down", "unchecked"
+    why: str  # it is down
+
+
+class UpstreamPart(TypedDict):
+    upstream: str  # as the configuration has it
+    addresses: list[AddressPart]
+    error: str  # why its name can't be resolved; the addresses are of the last answer then
 
 
 class ListenerPart(TypedDict):
     name: str
+    bind: str  # of an ordinary listener; "" = it intercepts
     port: int
     families: list[str]
-    intercept: str
+    intercept: str  # what it takes, in words; "" of an ordinary listener
+    upstreams: list[UpstreamPart]  # none: where the client meant to go
 
 
 class WorkerPart(TypedDict):
@@ -90,18 +107,60 @@ def _nested(of: Samples) -> object:
     return tree
 
 
+def listener_part(
+    listener: Listener, families: list[str], entries: Iterable[Entry]
+) -> ListenerPart:
+    return {
+        "name": listener.name,
+        "bind": listener.bind,
+        "port": listener.port,
+        "families": families,
+        "intercept": describe(listener.intercept) if listener.intercepts else "",
+        "upstreams": [
+            {
+                "upstream": str(entry.upstream),
+                "addresses": [
+                    {"address": str(each.where), "health": each.health, "why": each.why}
+                    for each in entry.addresses
+                ],
+                "error": entry.error,
+            }
+            for entry in entries
+        ],
+    }
+
+
+def introduce(listener: Listener, families: list[str]) -> str:
+    """What a listener does, for the log."""
+    to = ", ".join(map(str, listener.upstream))
+    if listener.bind:
+        return f"{listener.name} listens on {Endpoint(listener.bind, listener.port)} for {to}"
+    to = f", upstream {to}" if to else ""
+    on = f"port {listener.port} ({' and '.join(families)})"
+    return f"{listener.name} listens on {on} for {describe(listener.intercept)}{to}"
+
+
 def describe(intercept: Intercept) -> str:
     """What a listener takes, in words: "every port but 15020-15021, 15090; from 10.0.0.0/8"."""
     text = "every port" if intercept.ports == EVERY_PORT else f"ports {_ports(intercept.ports)}"
     if intercept.exclude_ports:
         text += f" but {_ports(intercept.exclude_ports)}"
+    if intercept.scope is Scope.FORWARD:
+        text = f"forwarded, {text}"
+    elif intercept.scope is Scope.OUTBOUND:
+        text = f"outbound, {text}"
+    elif intercept.via is Via.REDIRECT:
+        text += "; by redirect"
     for word, items in (
-        ("from", [str(n) for n in intercept.sources.networks]),
-        ("to", [str(n) for n in intercept.destinations.networks]),
-        ("arriving on", list(intercept.interfaces)),
+        ("from", intercept.sources.networks),
+        ("to", intercept.destinations.networks),
+        ("not to", intercept.exclude_destinations.networks),
+        ("arriving on", intercept.interfaces),
+        ("not of uid", intercept.exclude_uids),
+        ("not of gid", intercept.exclude_gids),
     ):
         if items:
-            text += f"; {word} {', '.join(items)}"
+            text += f"; {word} {', '.join(map(str, items))}"
     return text
 
 
@@ -129,13 +188,16 @@ def _lines(s: Snapshot) -> Iterator[str]:
     yield from (f"  {sentence}" for sentence in kernel["detail"])
     yield ""
     yield from _columns(
-        ["LISTENER", "PORT", "FAMILIES", "INTERCEPTS"],
+        ["LISTENER", "PORT", "FAMILIES", "TAKES"],
         [
-            [each["name"], f"{each['port']}", "+".join(each["families"]), each["intercept"]]
+            [each["name"], f"{each['port']}", "+".join(each["families"]), _takes(each)]
             for each in s["listeners"]
         ],
     )
     yield ""
+    if rows := [row for each in s["listeners"] for row in _upstreams(each)]:
+        yield from _columns(["LISTENER", "UPSTREAM", "ADDRESS", "HEALTH"], rows)
+        yield ""
     yield from _columns(
         ["WORKER", "PID", "STATE", "CONNECTIONS", "STARTED"],
         [
@@ -166,6 +228,27 @@ def _lines(s: Snapshot) -> Iterator[str]:
             else:
                 yield f"{name}:"
                 yield from _counts(flat)
+
+
+def _takes(listener: ListenerPart) -> str:
+    text = listener["intercept"] or str(Endpoint(listener["bind"], listener["port"]))
+    to = ", ".join(each["upstream"] for each in listener["upstreams"])
+    return f"{text} → {to}" if to else text
+
+
+def _upstreams(listener: ListenerPart) -> Iterator[list[str]]:
+    """A row for each address, and for what is wrong."""
+    name, usable = listener["name"], False
+    for each in listener["upstreams"]:
+        if each["error"]:
+            yield [name, each["upstream"], "-", f"can't be resolved: {each['error']}"]
+        for address in each["addresses"]:
+            down = address["health"] == Health.DOWN
+            usable = usable or not down
+            health = f"down: {address['why']}" if down else address["health"]
+            yield [name, each["upstream"], address["address"], health]
+    if listener["upstreams"] and not usable:
+        yield [name, "-", "-", "none can be used: connections are refused"]
 
 
 def _flat(value: object, path: tuple[str, ...]) -> Iterator[tuple[str, int]]:

@@ -36,8 +36,10 @@ from tproxyd.config import Config
 from tproxyd.errors import KernelError
 from tproxyd.flow.tally import ACTIVE, Layout
 from tproxyd.proc import admin, child, counters, status, systemd
+from tproxyd.proc.control import Control
 from tproxyd.proc.reconciler import Reconciler, State, load_to_install
 from tproxyd.proc.startup import age_ms, log_to_stderr, open_access_log, raise_file_limit
+from tproxyd.proc.upstreams import FIRST_S, Upstreams
 
 if TYPE_CHECKING:
     from tproxyd.proc.worker import WorkerSpec
@@ -75,7 +77,7 @@ class Slot:
         self.state = SlotState.DOWN
         self.generation = 0
         self.pid = 0
-        self.control: socket.socket | None = None
+        self.control: Control | None = None
         self.started_at = 0.0  # time.monotonic()
         self.started = ""  # the same, as people write it
         self.pause = 0.0  # before the last restart
@@ -84,8 +86,7 @@ class Slot:
 
     def say(self, word: str) -> None:
         if self.control is not None:
-            with contextlib.suppress(OSError):  # it is dying: SIGCHLD comes next
-                self.control.send(f"{word}\n".encode())
+            self.control.say(word)
 
 
 class Supervisor:
@@ -102,6 +103,7 @@ class Supervisor:
     ) -> None:
         self._config, self._install, self._kernel = config, install, kernel
         self._worker, self._open_listeners = worker, open_listeners
+        self._upstreams = Upstreams(config, self._tell_workers)
         self._slots: list[Slot] = []
         self._access_log: int | None = None
         self._admin: admin.Server | None = None
@@ -139,6 +141,7 @@ class Supervisor:
 
     async def _start(self) -> None:
         raise_file_limit()
+        self._upstreams.start()
         self._access_log = open_access_log(self._config.log.access)
         number_of_slots = self._config.workers or len(os.sched_getaffinity(0))
         self._page = counters.Page(Layout(self._config), number_of_slots)
@@ -147,6 +150,10 @@ class Supervisor:
         if self._config.admin is not None:
             sock = admin.open_socket(self._config.admin)
             self._admin = await admin.Server.start(sock, self)
+        # Who would serve clients has to know where to.
+        await _first_of(FIRST_S, self._upstreams.known, self._stop)
+        if self._stop.is_set():
+            return
         for slot in self._slots:
             self._fork_worker(slot)
         self._describe()
@@ -173,16 +180,9 @@ class Supervisor:
         workers = f"{len(self._slots)} worker{'s' if len(self._slots) > 1 else ''}"
         log.info("version %s, pid %d, %s", __version__, os.getpid(), workers)
         for i, listener in enumerate(self._config.listeners):
-            takes = status.describe(listener.intercept)
             families = self._families(i)
-            log.info(
-                "%s listens on port %d (%s) for %s",
-                listener.name,
-                listener.port,
-                " and ".join(families),
-                takes,
-            )
-            if "IPv6" not in families:
+            log.info("%s", status.introduce(listener, families))
+            if "IPv6" not in families and listener.bind in ("", "*"):
                 log.warning("%s: this machine has no IPv6: IPv4 only", listener.name)
         if self._config.admin is not None:
             log.info("admin endpoint: http://%s/", self._config.admin)
@@ -210,6 +210,7 @@ class Supervisor:
             rows=self._page.rows,
             control=theirs,
             access_log=self._access_log,
+            upstreams=self._upstreams.picture,
         )
         keep = [theirs.fileno(), *(sock.fileno() for _, sock in slot.listeners)]
         if self._access_log is not None:
@@ -225,32 +226,23 @@ class Supervisor:
                 ours.close()
                 self._replace(slot, f"can't be forked: {error.strerror}")
                 return
-        ours.setblocking(False)
-        slot.control, slot.state = ours, SlotState.STARTING
-        self._loop.add_reader(ours, self._listen_to, slot)
+        slot.control = Control(self._loop, ours, lambda words: self._heard(slot, words))
+        slot.state = SlotState.STARTING
 
-    def _listen_to(self, slot: Slot) -> None:
-        """Read what a worker says, until it has nothing more to say."""
-        while slot.control is not None:
-            try:
-                words = slot.control.recv(4096).decode(errors="replace")
-            except BlockingIOError:
-                return
-            except OSError:
-                words = ""
-            if words == "ready\n":
-                if slot.state is SlotState.STARTING:
-                    slot.state = SlotState.READY
-                if slot.generation > 1:
-                    log.info("worker %d is ready again, pid %d", slot.number, slot.pid)
-                if all(each.state is SlotState.READY for each in self._slots):
-                    self._settle_start(None)
-            elif words.startswith("failed: "):
-                slot.last_words = words.removeprefix("failed: ").strip()
-            elif not words:
-                self._loop.remove_reader(slot.control)
-                slot.control.close()
-                slot.control = None
+    def _heard(self, slot: Slot, words: str) -> None:
+        if words == "ready\n":
+            if slot.state is SlotState.STARTING:
+                slot.state = SlotState.READY
+            if slot.generation > 1:
+                log.info("worker %d is ready again, pid %d", slot.number, slot.pid)
+            if all(each.state is SlotState.READY for each in self._slots):
+                self._settle_start(None)
+        elif words.startswith("failed: "):
+            slot.last_words = words.removeprefix("failed: ").strip()
+
+    def _tell_workers(self, word: str) -> None:
+        for slot in self._slots:
+            slot.say(word)
 
     def _reap(self) -> None:
         with contextlib.suppress(ChildProcessError):
@@ -261,9 +253,14 @@ class Supervisor:
                     self._worker_ended(slot, code)
                 elif self._kernel.reaped(pid) and not self._ending:
                     log.error("the process that holds the kernel state %s", _ending_of(code))
+                else:
+                    self._upstreams.reaped(pid, _ending_of(code))
 
     def _worker_ended(self, slot: Slot, code: int) -> None:
-        self._listen_to(slot)  # its last words, up to EOF
+        if slot.control is not None:
+            slot.control.read()  # its last words
+            slot.control.close()
+            slot.control = None
         self._page.reset_gauges(slot.number)
         how = slot.last_words or _ending_of(code)
         if self._ending and code:
@@ -315,6 +312,7 @@ class Supervisor:
         systemd.notify("STOPPING=1", "STATUS=Draining")
         for task in self._tasks:
             task.cancel()
+        self._upstreams.close()
         failure = None
         if self._installed:
             try:
@@ -388,12 +386,7 @@ class Supervisor:
             "ready": not reasons,
             "not_ready_because": reasons,
             "listeners": [
-                {
-                    "name": listener.name,
-                    "port": listener.port,
-                    "families": self._families(i),
-                    "intercept": status.describe(listener.intercept),
-                }
+                status.listener_part(listener, self._families(i), self._upstreams.entries(i))
                 for i, listener in enumerate(self._config.listeners)
             ],
             "workers": [
@@ -418,7 +411,7 @@ class Supervisor:
 
     def metrics(self) -> tuple[bytes, str]:
         ready = sum(slot.state is SlotState.READY for slot in self._slots)
-        own = counters.Own(ready, self._restarts, self._kernel.drifts)
+        own = counters.Own(ready, self._restarts, self._kernel.drifts, self._upstreams.counts())
         return counters.exposition(self._page, own)
 
 

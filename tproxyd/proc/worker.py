@@ -1,7 +1,7 @@
 """One worker process: a loop, an engine, limits, and an orderly end.
 
 The supervisor forks it and calls `run`. It gives up every privilege but CAP_NET_RAW (transparent
-sockets, foreign source addresses and the mark need that one), says `ready` on its control socket,
+sockets, foreign source addresses and the mark need that one, an ordinary proxy not even that), says `ready` on its control socket,
 and serves until it is told to drain or the control socket closes, which means that the supervisor
 is gone. It owns nothing that must outlive it: the listening sockets and the counters are the
 supervisor's.
@@ -46,7 +46,7 @@ from tproxyd.linux import (
     rtt_and_retransmits,
 )
 from tproxyd.proc.cells import Cells, Counting
-from tproxyd.proc.privileges import drop_privileges
+from tproxyd.proc import privileges
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def run(spec: WorkerSpec) -> None:
     """Serve until drained. Exits with status 3 when it cannot start, having said why."""
     name_process(f"tproxyd/{spec.slot}")
     try:
-        drop_privileges(spec.config.transparent)
+        drop_privileges(spec.config)
         loop = uvloop.new_event_loop()
         worker = Worker(spec, loop)
     except Exception as error:
@@ -99,6 +99,16 @@ def run(spec: WorkerSpec) -> None:
     finally:
         worker.finish()
         loop.close()
+
+
+def drop_privileges(config: Config) -> None:
+    """Keep CAP_NET_RAW, where it is needed; PermissionError when it is not there."""
+    if config.transparent and CAP_NET_RAW not in capabilities():
+        raise PermissionError(
+            f"can't open transparent sockets: {CAPABILITY_NAMES[CAP_NET_RAW]} "
+            f"is missing; run as root or with AmbientCapabilities=CAP_NET_RAW"
+        )
+    privileges.drop(frozenset((CAP_NET_RAW,)) if config.transparent else frozenset())
 
 
 class Worker(Sockets, Counting):

@@ -49,6 +49,7 @@ PURE = {
     "kernel.nftjson",
     "kernel.nftlang",
     "kernel.selectors",
+    "proc.picture",
     "flow.proxyproto",
     "flow.tlv",
     "flow.policy",

@@ -252,8 +252,44 @@ SNAPSHOT: Snapshot = {
     "ready": False,
     "not_ready_because": ["worker 1 is down"],
     "listeners": [
-        {"name": "inbound", "port": 15006, "families": ["IPv4", "IPv6"], "intercept": "every port"},
-        {"name": "a-longer-one", "port": 80, "families": ["IPv4"], "intercept": "ports 80"},
+        {
+            "name": "inbound",
+            "bind": "",
+            "port": 15006,
+            "families": ["IPv4", "IPv6"],
+            "intercept": "every port",
+            "upstreams": [],
+        },
+        {
+            "name": "a-longer-one",
+            "bind": "0.0.0.0",
+            "port": 80,
+            "families": ["IPv4"],
+            "intercept": "",
+            "upstreams": [
+                {
+                    "upstream": "app.example:80",
+                    "addresses": [
+                        {"address": "10.0.0.5:80", "health": "up", "why": ""},
+                        {"address": "[fd00::5]:80", "health": "down", "why": "connection refused"},
+                    ],
+                    "error": "name or service not known",
+                },
+                {
+                    "upstream": "10.0.0.6:80",
+                    "addresses": [{"address": "10.0.0.6:80", "health": "unchecked", "why": ""}],
+                    "error": "",
+                },
+            ],
+        },
+        {
+            "name": "lost",
+            "bind": "",
+            "port": 81,
+            "families": ["IPv4"],
+            "intercept": "ports 81",
+            "upstreams": [{"upstream": "db.example:81", "addresses": [], "error": "no answer yet"}],
+        },
     ],
     "workers": [
         {"slot": 0, "pid": 4712, "state": "ready", "active": 3, "started": "2026-01-02T03:04:05Z"},
@@ -287,9 +323,18 @@ tproxyd 0.1.0, not ready, pid 4711, up 1 d 2 h
 kernel state: drift, answers come home by accept-mark (0 s ago)
   add ip -4 rule
 
-LISTENER      PORT   FAMILIES   INTERCEPTS
+LISTENER      PORT   FAMILIES   TAKES
 inbound       15006  IPv4+IPv6  every port
-a-longer-one  80     IPv4       ports 80
+a-longer-one  80     IPv4       0.0.0.0:80 → app.example:80, 10.0.0.6:80
+lost          81     IPv4       ports 81 → db.example:81
+
+LISTENER      UPSTREAM        ADDRESS       HEALTH
+a-longer-one  app.example:80  -             can't be resolved: name or service not known
+a-longer-one  app.example:80  10.0.0.5:80   up
+a-longer-one  app.example:80  [fd00::5]:80  down: connection refused
+a-longer-one  10.0.0.6:80     10.0.0.6:80   unchecked
+lost          db.example:81   -             can't be resolved: no answer yet
+lost          -               -             none can be used: connections are refused
 
 WORKER  PID   STATE  CONNECTIONS  STARTED
 0       4712  ready  3            2026-01-02T03:04:05Z
