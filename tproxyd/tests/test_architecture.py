@@ -51,6 +51,7 @@ PURE = {
     "flow.announce",
     "flow.tally",
     "flow.stream",
+    "flow.clients",
 }
 IMPURE = {"socket", "os", "asyncio", "subprocess", "ctypes"}
 
