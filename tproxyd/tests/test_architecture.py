@@ -57,6 +57,7 @@ PURE = {
     "flow.balance",
     "flow.tally",
     "flow.stream",
+    "flow.clients",
 }
 IMPURE = {"socket", "os", "asyncio", "subprocess", "ctypes"}
 
