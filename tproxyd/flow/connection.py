@@ -233,7 +233,7 @@ def agreed(told: Client | Refusal, lane: Lane, life: Record, world: World) -> Cl
     if lane.counts_clients:
         limit = world.admits(lane, told)
         if limit:
-            raise PeerError(CloseReason.CLIENT_OVERLOAD, f"{told.host}: {limit}")
+            raise PeerError(CloseReason.CLIENT_OVERLOAD, f"{limit} for {told.host}")
     return told
 
 

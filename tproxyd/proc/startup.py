@@ -44,10 +44,14 @@ class _NoTls(types.ModuleType):
         return 0 if name.isupper() else type(name, (Exception,), {})
 
 
-def raise_file_limit() -> None:
-    """Each connection takes two files; the usual soft limit of 1024 is for programs that select."""
+def raise_file_limit() -> int:
+    """Each connection takes two files; the usual soft limit of 1024 is for programs that select.
+
+    How many there may be now.
+    """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
 
 
 def open_access_log(where: str) -> int | None:

@@ -32,10 +32,11 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from tproxyd import __version__
-from tproxyd.config import Config
+from tproxyd.config import Config, PerClient
 from tproxyd.errors import KernelError
 from tproxyd.flow.tally import ACTIVE, Layout
 from tproxyd.proc import admin, child, counters, status, systemd
+from tproxyd.proc.clients import ClientTables
 from tproxyd.proc.control import Control
 from tproxyd.proc.reconciler import Reconciler, State, load_to_install
 from tproxyd.proc.startup import age_ms, log_to_stderr, open_access_log, raise_file_limit
@@ -105,6 +106,7 @@ class Supervisor:
         self._worker, self._open_listeners = worker, open_listeners
         self._upstreams = Upstreams(config, self._tell_workers)
         self._slots: list[Slot] = []
+        self._clients: ClientTables | None = None
         self._access_log: int | None = None
         self._admin: admin.Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -140,11 +142,13 @@ class Supervisor:
     # Start --------------------------------------------------------------------------------------
 
     async def _start(self) -> None:
-        raise_file_limit()
+        files = raise_file_limit()
         self._upstreams.start()
         self._access_log = open_access_log(self._config.log.access)
         number_of_slots = self._config.workers or len(os.sched_getaffinity(0))
         self._page = counters.Page(Layout(self._config), number_of_slots)
+        if any(each.per_client != PerClient() for each in self._config.listeners):
+            self._clients = ClientTables(number_of_slots, files // 2)
         for number in range(number_of_slots):
             self._slots.append(Slot(number, self._open_listeners(self._config)))
         if self._config.admin is not None:
@@ -211,6 +215,7 @@ class Supervisor:
             control=theirs,
             access_log=self._access_log,
             upstreams=self._upstreams.picture,
+            clients=self._clients,
         )
         keep = [theirs.fileno(), *(sock.fileno() for _, sock in slot.listeners)]
         if self._access_log is not None:
@@ -262,6 +267,8 @@ class Supervisor:
             slot.control.close()
             slot.control = None
         self._page.reset_gauges(slot.number)
+        if self._clients is not None:
+            self._clients.reset(slot.number)
         how = slot.last_words or _ending_of(code)
         if self._ending and code:
             log.error("worker %d (pid %d) %s", slot.number, slot.pid, how)

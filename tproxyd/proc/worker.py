@@ -1,9 +1,9 @@
 """One worker process: a loop, an engine, limits, and an orderly end.
 
 The supervisor forks it and calls `run`. It gives up every privilege but CAP_NET_RAW (transparent
-sockets, foreign source addresses and the mark need that one, an ordinary proxy not even that), says `ready` on its control socket,
-and serves until it is told to drain or the control socket closes, which means that the supervisor
-is gone. It owns nothing that must outlive it: the listening sockets and the counters are the
+sockets, foreign source addresses and the mark need that one, an ordinary proxy not even that), says
+`ready` on its control socket, and serves until it is told to drain or the control socket closes,
+which means that the supervisor is gone. It owns nothing that must outlive it: the listening sockets and the counters are the
 supervisor's.
 """
 
@@ -31,6 +31,7 @@ from tproxyd.errors import CloseReason
 from tproxyd.flow import listen, policy
 from tproxyd.flow.announce import announcer
 from tproxyd.flow.balance import Cluster
+from tproxyd.flow.clients import ClientCounts
 from tproxyd.flow.connect import Sockets
 from tproxyd.flow.connection import Lane, serve
 from tproxyd.flow.engine import Engine
@@ -40,13 +41,18 @@ from tproxyd.flow.relay import Limits
 from tproxyd.flow.stream import Stream
 from tproxyd.flow.tally import Layout
 from tproxyd.linux import (
+    CAP_NET_RAW,
+    CAPABILITY_NAMES,
     AddressKinds,
+    capabilities,
     name_process,
     reset_on_close,
     rtt_and_retransmits,
 )
-from tproxyd.proc.cells import Cells, Counting
 from tproxyd.proc import privileges
+from tproxyd.proc.cells import Cells, Counting
+from tproxyd.proc.clients import ClientTables
+from tproxyd.proc.control import MAX_WORD
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +65,6 @@ _RESERVED_FILES = 64
 _RETRY_ACCEPT_S = 0.1
 # What the supervisor says about upstreams: this, then JSON, {"0": [["10.0.0.5", 80], ...]}.
 _UPSTREAMS = b"upstreams "
-_LONGEST_WORD = 1 << 20  # a datagram is whole or not there; the default send buffer has 208 KiB
 _NO_FILES = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
 
 
@@ -75,7 +80,7 @@ class WorkerSpec:
     access_log: int | None  # a file descriptor
     # Of the listeners that have a list, the usable ones: (index in config.listeners, addresses).
     upstreams: dict[int, tuple[Endpoint, ...]] = field(default_factory=dict)
-    clients: list[memoryview] = field(default_factory=list)  # tables of ClientCounts, one a slot
+    clients: ClientTables | None = None  # where a listener has limits of a client
 
 
 def run(spec: WorkerSpec) -> None:
@@ -124,6 +129,10 @@ class Worker(Sockets, Counting):
         self._kinds = AddressKinds()
         self.engine = Engine(loop)
         self.view = self.engine.view
+        self._clients: ClientCounts | None = None
+        if spec.clients is not None:
+            limits = [each.per_client for each in config.listeners]
+            self._clients = ClientCounts(spec.clients.tables, spec.slot, limits, spec.clients.seed)
         self._lanes = [self._lane(i) for i in range(len(config.listeners))]
         self._doors = [Door(self, sock, self._lanes[index]) for index, sock in spec.listeners]
         self._row = spec.rows[spec.slot]
@@ -223,7 +232,7 @@ class Worker(Sockets, Counting):
 
     def _on_control(self) -> None:
         try:
-            data = self._spec.control.recv(_LONGEST_WORD)
+            data = self._spec.control.recv(MAX_WORD)
         except BlockingIOError:
             return
         except OSError:
@@ -286,9 +295,12 @@ class Worker(Sockets, Counting):
         stream.close()
 
     def admits(self, lane: Lane, client: Client) -> str:
-        return self._clients.enter(
-            lane.index, client.host, lane.listener.per_client, time.monotonic()
-        )
+        assert self._clients is not None
+        return self._clients.enter(lane.index, client.host, time.monotonic())
+
+    def _leave(self, lane: Lane, client: Client, reason: CloseReason) -> None:
+        if self._clients is not None and reason is not CloseReason.CLIENT_OVERLOAD:
+            self._clients.leave(lane.index, client.host)
 
     def ejected(self, lane: Lane, upstream: Upstream, seconds: float, why: str) -> None:
         self._row[self._cells.ejections[lane.index]] += 1
@@ -316,9 +328,8 @@ class Worker(Sockets, Counting):
         if lane.cluster is not None and upstream is not None:
             assert life.upstream is not None
             lane.cluster.left(life.upstream)
-        counted = lane.counts_clients and life.reason is not CloseReason.CLIENT_OVERLOAD
-        if counted and life.client is not None:
-            self._clients.leave(lane.index, life.client.host)
+        if lane.counts_clients and life.client is not None:
+            self._leave(lane, life.client, life.reason)
         row, cells = self._row, self._cells
         row[cells.active[lane.index]] -= 1
         row[cells.ended[lane.index][life.reason]] += 1

@@ -201,6 +201,6 @@ def test_a_limit_of_the_client(policy: str | None) -> None:
         book << "client recv" >> V1 << "count header 1 accepted"
     life = (book << "end client by RST: client_overload").play()
     who = "106.52.131.116" if policy else PEER.host
-    assert life.detail == f"{who}: max_connections = 3"
+    assert life.detail == f"max_connections = 3 for {who}"
     assert life.client is not None
     assert life.client.host == who
