@@ -11,45 +11,10 @@ import socket
 
 import pytest
 from lib.daemon import Daemon
+from lib.gateways import GATEWAY_PORT, at, backend, end, gateway, through
 from lib.streams import Receiving, Sending, assert_talks, pattern
-from lib.topology import PORT, Family, Pair, Topology, seen_port
+from lib.topology import Family, Pair, Topology, seen_port
 from lib.waits import wait_for
-
-GATEWAY_PORT = 8000
-
-
-def gateway(family: Family, *upstreams: str, **options: object) -> str:
-    """A listener in the pod; by default its one upstream is the neighbour."""
-    listed = upstreams or (at(family.beyond),)
-    lines = [
-        "[[listener]]",
-        'name = "web"',
-        'bind = "*"',
-        f"port = {GATEWAY_PORT}",
-        f"upstream = {list(listed)}",
-        *(f"{key} = {value!r}" for key, value in options.items()),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def at(host: str, port: int = PORT) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def backend(net: Topology, family: Family, port: int = PORT) -> socket.socket:
-    return net.keep(net.beyond.listen(family.beyond, port))
-
-
-def through(net: Topology, family: Family, server: socket.socket, source_port: int = 0) -> Pair:
-    client = net.connect(family, GATEWAY_PORT, source_port=source_port)
-    return Pair(client, net.keep(server.accept()[0]))
-
-
-def end(pair: Pair) -> None:
-    """In order."""
-    pair.client.close()
-    assert pair.app.recv(1) == b""
-    pair.app.close()
 
 
 def test_without_anything_the_backend_sees_the_gateway(net: Topology, family: Family) -> None:
@@ -123,7 +88,7 @@ def test_the_clients_own_port_where_it_is_not_free(net: Topology, family: Family
 
 
 def test_answers_that_do_not_come_home(net: Topology, family: Family) -> None:
-    """The backend has a way to the client that avoids us: the deadline ends it, and doctor knows."""
+    """The backend has a way to the client that avoids us: the deadline ends it."""
     backend(net, family)
     net.beyond.ip(f"route add blackhole {family.client}")
     with Daemon(net.pod, gateway(family, source="client", connect_timeout_s=0.5)) as daemon:
