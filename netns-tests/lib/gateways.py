@@ -1,4 +1,4 @@
-"""A gateway in the pod: an ordinary listener, in front of a backend in the neighbour's namespace."""
+"""A gateway in the pod: an ordinary listener, and its backend in the neighbour's namespace."""
 
 from __future__ import annotations
 
