@@ -27,11 +27,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import random
 import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from random import random
 
 from tproxyd.addr import Endpoint, is_name, is_unix, parse_ip
 from tproxyd.config import Config, HealthCheck, Listener, SendProxy
@@ -208,7 +208,7 @@ class Prober:
 
     async def _check(self, listener: Listener, where: Endpoint, verdict: Verdict) -> None:
         rules, loop = listener.health_check, asyncio.get_running_loop()
-        part = random.random()
+        part = random()
         while True:
             due = loop.time() + part * rules.interval_s
             part = 1.0
@@ -221,7 +221,7 @@ class Prober:
             verdict.add(why, rules)
             self._note()
             if sock is not None:
-                await take_leave(sock, rules.timeout_s)
+                await take_leave(sock, min(rules.timeout_s, due - loop.time()))
             await asyncio.sleep(due - loop.time())
 
 
