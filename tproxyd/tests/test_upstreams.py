@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pytest
 
 from tproxyd.addr import Endpoint
 from tproxyd.config import HealthCheck, Listener
-from tproxyd.proc import prober, reconciler, supervisor, upstreams
+from tproxyd.proc import child, prober, reconciler, supervisor, upstreams
 from tproxyd.proc.worker import WorkerSpec
 from tproxyd.tests.daemons import PATIENCE_S, Daemon, free_port, say
 
@@ -50,6 +51,7 @@ def names(monkeypatch: pytest.MonkeyPatch) -> Names:
     names = Names()
     monkeypatch.setattr(prober, "look_up", names)
     monkeypatch.setattr(supervisor, "GRACE_S", 0.1)
+    monkeypatch.setattr(supervisor, "FIRST_S", 3600.0)  # no start has to wait for so long
     monkeypatch.setattr(reconciler, "FRESH_S", 0.0)
     monkeypatch.setattr(upstreams, "PAUSE_S", 0.01)
     return names
@@ -64,7 +66,20 @@ def tells_upstreams(spec: WorkerSpec) -> None:
         say(f"worker {spec.slot} hears {word.strip()}")
 
 
-def daemon(*upstream: Endpoint, workers: int = 1, **settings: object) -> Daemon:
+def tells_upstreams_and_stays(spec: WorkerSpec) -> None:
+    """The same, and leaves only when cut."""
+    tells_upstreams(spec)
+    say(f"worker {spec.slot} drains")
+    spec.control.recv(100)
+
+
+def daemon(
+    *upstream: Endpoint,
+    workers: int = 1,
+    entry: Callable[[WorkerSpec], None] = tells_upstreams,
+    before: Callable[[], None] = lambda: None,
+    **settings: object,
+) -> Daemon:
     listener = Listener(
         name="web",
         bind="127.0.0.1",
@@ -72,7 +87,7 @@ def daemon(*upstream: Endpoint, workers: int = 1, **settings: object) -> Daemon:
         upstream=upstream,
         **{"resolve_every_s": 0.002, **settings},  # type: ignore[arg-type]
     )
-    return Daemon(tells_upstreams, workers=workers, listeners=(listener,))
+    return Daemon(entry, workers=workers, before=before, listeners=(listener,))
 
 
 def probers(daemon: Daemon) -> list[int]:
@@ -262,6 +277,41 @@ def test_one_that_lived_long_is_replaced_at_once(
         d.wait_ready()
         os.kill(probers(d)[0], signal.SIGKILL)
         d.wait_line("was killed by SIGKILL; the next one starts now")
+
+
+def test_one_that_cannot_be_forked_is_tried_again(
+    names: Names, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names.set("10.0.0.5")
+    failures = [OSError(errno.EAGAIN, "No more processes")] * 2
+
+    class Child:
+        @staticmethod
+        def fork(body: Callable[[], None], keep: Iterable[int]) -> int:
+            if failures:
+                raise failures.pop()
+            return child.fork(body, keep)
+
+    def before() -> None:
+        monkeypatch.setattr(upstreams, "child", Child)
+
+    with daemon(APP, before=before) as d:
+        for _ in range(2):
+            d.wait_line("upstreams can't be forked: No more processes; the next one starts in 0.01")
+        d.wait_line(r"worker 0 is born with {0: \['10.0.0.5:80'\]}")
+
+
+def test_a_stop_ends_it_first(names: Names) -> None:
+    """No connection will be made any more that needs an upstream."""
+    names.set("10.0.0.5")
+    with daemon(APP, entry=tells_upstreams_and_stays) as d:
+        d.wait_ready()
+        d.signal(signal.SIGTERM)
+        d.wait_line("worker 0 drains")
+        wait_for(lambda: not probers(d))
+        d.signal(signal.SIGTERM)
+        assert "the next one" not in "".join(d.rest())
+        assert d.wait() == 0
 
 
 def test_it_ends_with_the_supervisor(names: Names, monkeypatch: pytest.MonkeyPatch) -> None:
