@@ -87,6 +87,19 @@ def test_the_clients_own_port_where_it_is_not_free(net: Topology, family: Family
         assert daemon.metric("tproxyd_source_port_retries_total", cause="not_available") == 1
 
 
+def test_a_backend_that_is_the_client(net: Topology, family: Family) -> None:
+    """It would drop what comes from outside in its own name; so it sees the gateway."""
+    server = backend(net, family)
+    with Daemon(net.pod, gateway(family, source="client")) as daemon:
+        client = net.connect_beyond(family, GATEWAY_PORT)
+        pair = Pair(client, net.keep(server.accept()[0]))
+        assert pair.app.getpeername()[0] == family.pod_beyond
+        assert_talks(pair)
+        end(pair)
+        [record] = daemon.wait_log()
+        assert record["source_fallback"] == "hairpin"
+
+
 def test_answers_that_do_not_come_home(net: Topology, family: Family) -> None:
     """The backend has a way to the client that avoids us: the deadline ends it."""
     backend(net, family)
