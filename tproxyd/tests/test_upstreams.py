@@ -93,7 +93,7 @@ def daemon(
 def probers(daemon: Daemon) -> list[int]:
     found = []
     for pid in daemon.children():
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError, ProcessLookupError):  # it ends just now
             if Path(f"/proc/{pid}/comm").read_text() == "tproxyd/prober\n":
                 found.append(pid)
     return found
@@ -148,8 +148,9 @@ def test_workers_are_born_with_the_answer_and_told_of_the_next(names: Names) -> 
     with daemon(APP, workers=2) as d:
         for _ in range(2):
             d.wait_line(r"worker . is born with {0: \['10.0.0.5:80', '\[fd00::5\]:80'\]}")
-        d.wait_line(rf"web listens on 127.0.0.1:{d.config.listeners[0].port} for app.example:80")
         d.wait_ready()
+        port = d.config.listeners[0].port
+        assert f"tproxyd: web listens on 127.0.0.1:{port} for app.example:80" in d.lines
         names.set("10.0.0.6")
         told = {d.wait_line(r"worker . hears") for _ in range(2)}
         assert told == {f'worker {i} hears upstreams {{"0":[["10.0.0.6",80]]}}' for i in (0, 1)}
