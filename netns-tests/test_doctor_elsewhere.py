@@ -84,6 +84,7 @@ def test_an_ordinary_proxy_needs_nothing(net: Topology, family: Family) -> None:
     with Daemon(net.pod, config):
         found = doctor(net, config)
         assert {check["verdict"] for check in found.values()} == {"ok"}
+        assert found[f"web {at(family.beyond)}"]["detail"] == "answers"
         assert "none are needed" in found["rules"]["detail"]
         assert found["CAP_NET_ADMIN"]["detail"] == "not needed by this configuration"
 
@@ -119,6 +120,14 @@ def test_a_router(net: Topology) -> None:
         net.pod.sysctl("net/ipv4/tcp_syncookies", 2)
         found = complaints(net, ROUTER)
         assert found.keys() == {"forwarding IPv4", "tcp_syncookies"}
+
+
+def test_an_ordinary_proxy_whose_backend_is_down(net: Topology) -> None:
+    config = gateway(V4, "127.0.0.1:81", "unix:/no/such.sock")
+    with Daemon(net.pod, config):
+        found = complaints(net, config)
+        assert found["web 127.0.0.1:81"]["detail"] == "does not answer: Connection refused"
+        assert found["web unix:/no/such.sock"]["detail"].endswith("No such file or directory")
 
 
 def test_a_name(net: Topology) -> None:

@@ -1,4 +1,4 @@
-"""What is tried for real: connections as a client that does not exist."""
+"""What is tried for real: connections, some of them as a client that does not exist."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from tproxyd.addr import Client, Endpoint, Upstream, is_name
+from tproxyd.addr import Client, Endpoint, Upstream, is_name, is_unix
 from tproxyd.config import Config, Listener
 from tproxyd.doctor.check import Check, Patient, Verdict
 from tproxyd.flow.connect import Sockets
@@ -70,16 +70,15 @@ def names(patient: Patient) -> Iterator[Check]:
 
 
 def backends(patient: Patient) -> Iterator[Check]:
-    """Whether upstreams that are to see the client answer it through this host: by trying it."""
-    if not _can_try(patient):
-        return
+    """Whether upstreams answer; those that are to see the client, whether through this host."""
     with contextlib.closing(AddressKinds()) as kinds:
         for listener in patient.config.listeners:
-            for upstream in _addresses(listener) if listener.spoofs else ():
-                if kinds.kind(upstream.host) != "own":
-                    yield _backend(
-                        Upstream(upstream), f"{listener.name} {upstream}", patient.config
-                    )
+            for upstream in map(Upstream, _addresses(listener)):
+                name = f"{listener.name} {upstream}"
+                if not listener.spoofs or kinds.kind(upstream.host) == "own":
+                    yield _answering(upstream, name, patient.config)
+                elif _can_try(patient):
+                    yield _answering_clients(upstream, name, patient.config)
 
 
 def _addresses(listener: Listener) -> Iterator[Endpoint]:
@@ -91,7 +90,14 @@ def _addresses(listener: Listener) -> Iterator[Endpoint]:
             yield upstream
 
 
-def _backend(upstream: Upstream, name: str, config: Config) -> Check:
+def _answering(upstream: Upstream, name: str, config: Config) -> Check:
+    answer, _ = _connect(upstream, "", config)
+    if answer == 0:
+        return Check(name, Verdict.OK, "answers")
+    return Check(name, Verdict.WARN, f"does not answer: {os.strerror(answer)}", "start the backend")
+
+
+def _answering_clients(upstream: Upstream, name: str, config: Config) -> Check:
     client = _CLIENTS[upstream.is_v6]
     answer, _ = _connect(upstream, client, config)
     if answer == 0:
@@ -146,7 +152,7 @@ def _connect(upstream: Upstream, client: str, config: Config) -> tuple[int, str]
             stack.callback(sock.close)
             if client:
                 sock.bind((client, 0))
-            code = sock.connect_ex(upstream)
+            code = sock.connect_ex(upstream.host if is_unix(upstream) else upstream)
             if code == errno.EINPROGRESS:
                 waiting = select.poll()
                 waiting.register(sock, select.POLLOUT)
@@ -154,7 +160,7 @@ def _connect(upstream: Upstream, client: str, config: Config) -> tuple[int, str]
                 code = errno.ETIMEDOUT
                 if ready:
                     code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            return code, str(sock.getsockname()[0])
+            return code, "" if is_unix(upstream) else str(sock.getsockname()[0])
         except OSError as error:
             return error.errno or errno.EIO, ""
 

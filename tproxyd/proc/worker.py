@@ -219,6 +219,8 @@ class Worker(Sockets, Counting):
             except BlockingIOError:
                 return False
             except OSError as error:
+                if error.errno == errno.EINVAL:
+                    return False  # it listens no more: somebody has shut it down
                 if error.errno not in _NO_FILES:
                     continue  # that one connection failed before it was ours (accept(2))
                 self._row[self._cells.accept_pauses] += 1

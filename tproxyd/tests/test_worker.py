@@ -190,6 +190,15 @@ def knock(it: Running) -> None:
         it.connect().close()
 
 
+def test_listening_sockets_that_were_shut_down() -> None:
+    """By the worker before this one on the slot: accept says EINVAL, for ever."""
+    with running(config()) as it:
+        it.ready()
+        for _, sock in it.listeners:
+            sock.shutdown(socket.SHUT_RD)
+        assert it.drain() == 0
+
+
 # A whole connection -------------------------------------------------------------------------------
 
 
