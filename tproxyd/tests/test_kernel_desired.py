@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from tproxyd.config import Config, ReturnPath
 from tproxyd.configfile import parse
-from tproxyd.kernel.desired import Facts, desired, mark_mask, notes, return_path
+from tproxyd.kernel.chains import mark_mask
+from tproxyd.kernel.desired import Facts, desired, notes, return_path
 from tproxyd.kernel.firewall import Chain, Goto, Rule
 from tproxyd.kernel.state import (
     EMPTY,
