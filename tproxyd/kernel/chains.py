@@ -33,6 +33,7 @@ Pure.
 
 from __future__ import annotations
 
+from tproxyd.addr import PrefixSet, parse_prefix
 from tproxyd.config import Config, Intercept, Listener, ReturnPath, Scope, Via
 from tproxyd.kernel.firewall import (
     Action,
@@ -119,7 +120,7 @@ def _prerouting(
     home: bool,
 ) -> tuple[Rule, ...]:
     rules = _on_lo(config, mark, path)
-    takes = _listeners(local, Via.TPROXY)
+    takes = [*_ordinary(config), *own] if (own := _listeners(local, Via.TPROXY)) else []
     if local and path is ReturnPath.CONNTRACK:
         taken = Rule(
             (ConnMark(mark.value, mark.mask), Syn()),
@@ -264,7 +265,8 @@ def _nat_prerouting(config: Config, intercept: bool) -> tuple[Rule, ...]:
     if not intercept:
         return (KEPT,)
     forwarded = Rule((ForUs(negate=True),), Verdict.ACCEPT, "forwarded traffic goes its way")
-    return (LO, OTHER_PROTOCOLS, forwarded, NOT_NEW, *_listeners(local, Via.REDIRECT))
+    takes = (*_ordinary(config), *_listeners(local, Via.REDIRECT))
+    return (LO, OTHER_PROTOCOLS, forwarded, NOT_NEW, *takes)
 
 
 def _nat_output(config: Config, intercept: bool) -> tuple[Rule, ...]:
@@ -293,6 +295,22 @@ def _nat_output(config: Config, intercept: bool) -> tuple[Rule, ...]:
 
 
 # Listeners ----------------------------------------------------------------------------------------
+
+
+def _ordinary(config: Config) -> list[Rule]:
+    """What is made to our ordinary listeners: taken, it would have our own port as destination."""
+    rules: list[Rule] = []
+    for listener in config.listeners:
+        if listener.intercepts:
+            continue
+        everywhere = listener.bind in ("*", "0.0.0.0", "::")
+        there = PrefixSet() if everywhere else PrefixSet([parse_prefix(listener.bind)])
+        ports = ((listener.port, listener.port),)
+        comment = f"connections to listener {listener.name} itself"
+        rules += selection(
+            Intercept(ports=ports, exclude_ports=(), destinations=there), Verdict.ACCEPT, comment
+        )
+    return rules
 
 
 def _listeners(listeners: list[Listener], via: Via) -> list[Rule]:

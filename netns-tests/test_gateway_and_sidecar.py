@@ -1,0 +1,31 @@
+"""A gateway and a sidecar in one daemon: what is made to the gateway is not taken by the sidecar."""
+
+from __future__ import annotations
+
+import pytest
+from lib.daemon import Daemon
+from lib.gateways import backend, end, gateway, through
+from lib.streams import assert_talks
+from lib.topology import Family, Topology
+
+
+@pytest.mark.parametrize("via", ["tproxy", "redirect"])
+@pytest.mark.parametrize("bind", ["*", "address"])
+def test_both(net: Topology, family: Family, via: str, bind: str) -> None:
+    server = backend(net, family)
+    web = gateway(family)
+    if bind == "address":
+        web = web.replace('bind = "*"', f'bind = "{family.pod}"')
+    with Daemon(net.pod, f'{web}\n[[listener]]\nintercept.via = "{via}"\n') as daemon:
+        pair = through(net, family, server)
+        assert pair.app.getpeername()[0] == family.pod_beyond
+        assert_talks(pair)
+        end(pair)
+        sidecar = net.pair(family)
+        assert sidecar.app.getpeername()[0] == family.client
+        assert_talks(sidecar)
+        end(sidecar)
+        records = daemon.wait_log(2)
+        assert [record["listener"] for record in records] == ["web", "inbound"]
+        net.connect_and_end(family, 15006)
+        assert daemon.wait_log(3)[2]["close_reason"] == "loop"
