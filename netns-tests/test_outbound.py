@@ -23,7 +23,7 @@ from lib.streams import (
     reset,
     was_reset,
 )
-from lib.topology import PORT, V6, Family, Pair, Topology
+from lib.topology import PORT, V6, Family, Pair, Topology, seen_port
 from lib.waits import stays, wait_for
 
 LISTENER = 15001
@@ -175,6 +175,35 @@ intercept = {{ via = "{via}" }}
         ("inbound", quoted(family.pod, PORT)),
         ("outbound", quoted(family.beyond, PORT)),
     ]
+
+
+def test_ports_of_programs_here(net: Topology, family: Family) -> None:
+    """What we show for p may be the port of another program's connection to the same server.
+
+    While that lives another port is found; when it has ended it is in nobody's way, though nat
+    remembers it for minutes.
+    """
+    server = serve(net, family)
+
+    def pair_from(port: int) -> Pair:
+        client = net.keep(net.pod.connect(family.beyond, PORT, source_port=port))
+        return Pair(client, net.keep(server.accept()[0]))
+
+    with Daemon(net.pod, outbound()) as daemon:
+        first = pair_from(seen_port(40_000))
+        second = pair_from(40_000)
+        assert second.app.getpeername()[1] not in (40_000, seen_port(40_000))
+        assert_talks(first)
+        assert_talks(second)
+        assert daemon.metric("tproxyd_source_port_retries_total", cause="not_available") == 1
+        for client, app in (first, second):
+            app.close()
+            assert client.recv(1) == b""
+            client.close()
+        daemon.wait_log(2)
+        third = pair_from(40_000)
+        assert third.app.getpeername()[:2] == (family.pod_beyond, seen_port(40_000))
+        assert_talks(third)
 
 
 # What is taken ----------------------------------------------------------------------------------

@@ -246,6 +246,24 @@ def test_from_a_port_that_another_connection_shows(net: Topology, family: Family
         assert daemon.metric("tproxyd_source_port_retries_total", cause="live_downstream") == 1
 
 
+@pytest.mark.parametrize("first_to_close", ["client", "app"])
+def test_a_port_that_was_used_a_moment_ago(
+    net: Topology, family: Family, first_to_close: str
+) -> None:
+    """Nat remembers an ended connection for minutes: it is in nobody's way."""
+    net.app(family)
+    with Daemon(net.pod, redirect()) as daemon:
+        old = Pair(net.connect(family, source_port=seen_port(40_000)), net.accept(family))
+        one, other = old if first_to_close == "client" else Pair(old.app, old.client)
+        one.close()
+        assert other.recv(1) == b""
+        other.close()
+        daemon.wait_log()
+        new = Pair(net.connect(family, source_port=40_000), net.accept(family))
+        assert new.app.getpeername()[:2] == (family.client, seen_port(40_000))
+        assert_talks(new)
+
+
 @pytest.mark.parametrize("return_path", ["accept-mark", "conntrack"])
 def test_from_a_port_that_is_shown_already(net: Topology, family: Family, return_path: str) -> None:
     """The other order: that 4-tuple is the application's own. The newcomer waits until it ends."""
