@@ -228,8 +228,9 @@ def _kinds(t: Table, listener: Listener) -> None:
         for key in _OF_LISTS:
             if getattr(listener, key) != getattr(d, key):
                 t.problem(key, 'means nothing without a list: upstream = ["10.0.0.5:80"]')
-    here = listener.intercepts and listener.intercept.scope is Scope.LOCAL
-    if listener.source is SourceKind.CLIENT_PORT and here and not listener.upstream:
+    made_or_ended_here = listener.intercepts and listener.intercept.scope is not Scope.FORWARD
+    own_port = listener.source is SourceKind.CLIENT_PORT and not listener.upstream
+    if own_port and made_or_ended_here:
         text = 'on one host the client\'s own port is taken, by its connection to us; use "client"'
         t.problem("source", text)
     if listener.spoofs and any(map(is_unix, listener.upstream)):

@@ -221,11 +221,16 @@ def _held(stream: Stream, plan: Plan, network: Network) -> bool:
     """Whether a connection of this host holds the tuple that our SYN was sent to.
 
     A listener is where the SYN belongs. One in its handshake may be our own, seen from the other
-    side; if it is not, the second look finds it established.
+    side; if it is not, the second look finds it established. Of a connection that nat has
+    redirected, the socket is behind the door.
     """
     host, port, *_ = stream.getsockname()
-    state = network.tuple_state(plan.upstream, Endpoint(host, port))
-    return state not in (0, TCP_LISTEN, TCP_SYN_RECV, TCP_NEW_SYN_RECV)
+    ours = Endpoint(host, port)
+    doors = (plan.upstream,) if plan.door is None else (plan.upstream, plan.door)
+    return any(network.tuple_state(door, ours) not in _NOT_IN_THE_WAY for door in doors)
+
+
+_NOT_IN_THE_WAY = (0, TCP_LISTEN, TCP_SYN_RECV, TCP_NEW_SYN_RECV)
 
 
 def _failure(code: int, plan: Plan) -> Exception:

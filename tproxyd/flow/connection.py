@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Protocol
 
-from tproxyd.addr import Client, OriginalDst, Peer, Upstream
+from tproxyd.addr import Client, Endpoint, OriginalDst, Peer, Upstream
 from tproxyd.config import HeaderPolicy, Listener, Scope
 from tproxyd.errors import CloseReason, PeerError, UpstreamError
 from tproxyd.flow.announce import Announcer
@@ -74,6 +74,7 @@ class Lane:
     announce: Announcer | None = None  # the PROXY header that the upstream gets
     cluster: Cluster | None = None  # None: where the client meant to go
     destination: Callable[[Stream], OriginalDst] = original_destination
+    door: Callable[[Stream], Endpoint] | None = None  # where nat delivers its connections
     counts_clients: bool = False
     index: int = 0
 
@@ -133,10 +134,12 @@ def serve(
         began = world.now()
         if lane.cluster is None:
             here = listener.intercept.scope is Scope.LOCAL
-            plan = planned(client, Upstream(life.dst), here, lane, life, world)
+            plan = planned(client, Upstream(life.dst), here, downstream, lane, life, world)
             upstream = yield from dial(plan, began + listener.connect_timeout_s, world, bool(early))
         else:
-            upstream = yield from dial_one_of(lane.cluster, client, lane, life, world, bool(early))
+            upstream = yield from dial_one_of(
+                lane.cluster, client, downstream, lane, life, world, bool(early)
+            )
         world.connected(world.now() - began)
         life.source, life.announced = upstream.source, said
         if said is not None and said.left_out:
@@ -238,10 +241,17 @@ def agreed(told: Client | Refusal, lane: Lane, life: Record, world: World) -> Cl
 
 
 def planned(
-    client: Client, upstream: Upstream, here: bool, lane: Lane, life: Record, world: World
+    client: Client,
+    upstream: Upstream,
+    here: bool,
+    downstream: Stream,
+    lane: Lane,
+    life: Record,
+    world: World,
 ) -> Plan:
     """How to connect there, written down."""
-    plan = plan_for(client, upstream, lane.listener, here)
+    door = None if lane.door is None else lane.door(downstream)
+    plan = plan_for(client, upstream, lane.listener, here, door)
     life.upstream, life.fallback = plan.upstream, plan.fallback
     if plan.fallback:
         world.count_fallback(plan.fallback)
@@ -260,7 +270,13 @@ _ITS_FAILURES = frozenset(
 
 
 def dial_one_of(
-    cluster: Cluster, client: Client, lane: Lane, life: Record, world: World, speaks: bool
+    cluster: Cluster,
+    client: Client,
+    downstream: Stream,
+    lane: Lane,
+    life: Record,
+    world: World,
+    speaks: bool,
 ) -> Step[Dialled]:
     """Connected to the first upstream that takes it. Raises UpstreamError, OSError.
 
@@ -280,7 +296,7 @@ def dial_one_of(
         try:
             if member.here and upstream.port in lane.own_ports:
                 raise PeerError(CloseReason.LOOP, f"the upstream {upstream} is our own listener")
-            plan = planned(client, upstream, member.here, lane, life, world)
+            plan = planned(client, upstream, member.here, downstream, lane, life, world)
             deadline = world.now() + listener.connect_timeout_s
             dialled = yield from dial(plan, deadline, world, speaks)
         except UpstreamError as failure:

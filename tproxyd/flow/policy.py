@@ -33,6 +33,7 @@ class Plan(NamedTuple):
     here: bool = True  # the upstream is on this host: its answers come home by our mark
     keep_port: bool = False  # try the client's own port first
     own: str = ""  # the address of our own; "": the kernel's choice
+    door: Endpoint | None = None  # where nat delivers what clients send to the upstream
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,9 @@ def client_of(
     return Client(header.source)
 
 
-def plan_for(client: Client, upstream: Upstream, listener: Listener, here: bool) -> Plan:
+def plan_for(
+    client: Client, upstream: Upstream, listener: Listener, here: bool, door: Endpoint | None = None
+) -> Plan:
     """Where to connect, as whom. `here`: the upstream is on this host."""
     source = listener.source
     if source is not SourceKind.PROXY:
@@ -97,7 +100,7 @@ def plan_for(client: Client, upstream: Upstream, listener: Listener, here: bool)
             fallback = "loopback"  # which means nothing on another host, nor leaves this one
         if not fallback:
             keep = source is SourceKind.CLIENT_PORT
-            return Plan(client, upstream, True, "", here, keep)
+            return Plan(client, upstream, True, "", here, keep, "", door)
         return Plan(client, upstream, False, fallback, here, False, own_source(listener, upstream))
     return Plan(client, upstream, False, "", here, False, own_source(listener, upstream))
 

@@ -174,6 +174,7 @@ class Worker(Sockets, Counting):
                 else None
             ),
             destination=redirected_destination if redirected else original_destination,
+            door=original_destination if redirected else None,
             counts_clients=listener.per_client != PerClient(),
             index=index,
         )

@@ -345,6 +345,11 @@ LISTENER = [
     ("per_client.max_connections = -1", "per_client.max_connections", "-1 is not a whole"),
     ("per_client.max_new = 1", "per_client.max_new", 'did you mean "max_new_per_s"?'),
     ('source = "client-port"', "source", "on one host the client's own port is taken"),
+    (
+        'intercept.scope = "outbound"\nsource = "client-port"',
+        "source",
+        "on one host the client's own port is taken",
+    ),
     ('intercept.scope = "routed"', "intercept.scope", "is not one of: local, forward, outbound"),
     ('intercept = { scope = "forward", via = "redirect" }', "intercept.via", 'by "tproxy" only'),
     ('intercept = { scope = "outbound", via = "tproxy" }', "intercept.via", 'by "redirect" only'),

@@ -192,6 +192,18 @@ def test_the_connection_that_holds_the_tuple_may_be_our_own() -> None:
     assert port_of(dialling(PLAN, book << f"connect {APP}" >> 0)) == PORTS[0]
 
 
+@pytest.mark.parametrize("state", [TCP_ESTABLISHED, TCP_CLOSE_WAIT, TCP_TIME_WAIT])
+def test_one_that_nat_has_redirected_is_behind_the_door(state: int) -> None:
+    """Of the tuple itself nobody knows then; the rule that dropped our SYN does, by conntrack."""
+    door = Endpoint("10.9.1.1", 15006)
+    book = Playbook() << unfinished(FIRST) << asks(FIRST, 0)
+    book << f"who holds {door} <- {FIRST}" >> state << STILL << "close upstream"
+    dialled = dialling(
+        PLAN._replace(door=door), book << "count port live_downstream" << dials(SECOND)
+    )
+    assert port_of(dialled) == PORTS[1]
+
+
 @pytest.mark.parametrize("state", [0, TCP_LISTEN, TCP_SYN_RECV, TCP_NEW_SYN_RECV])
 def test_where_a_syn_belongs_it_is_waited_for(state: int) -> None:
     book = Playbook() << unfinished(FIRST) << asks(FIRST, state)
