@@ -11,25 +11,16 @@ import socket
 
 import pytest
 from lib.daemon import Daemon
+from lib.gateway import GATEWAY_PORT
+from lib.gateway import gateway as listener
 from lib.streams import Receiving, Sending, assert_talks, pattern
 from lib.topology import PORT, Family, Pair, Topology, seen_port
 from lib.waits import wait_for
 
-GATEWAY_PORT = 8000
-
 
 def gateway(family: Family, *upstreams: str, **options: object) -> str:
     """A listener in the pod; by default its one upstream is the neighbour."""
-    listed = upstreams or (at(family.beyond),)
-    lines = [
-        "[[listener]]",
-        'name = "web"',
-        'bind = "*"',
-        f"port = {GATEWAY_PORT}",
-        f"upstream = {list(listed)}",
-        *(f"{key} = {value!r}" for key, value in options.items()),
-    ]
-    return "\n".join(lines) + "\n"
+    return listener(*(upstreams or (at(family.beyond),)), **options)
 
 
 def at(host: str, port: int = PORT) -> str:
@@ -104,9 +95,9 @@ def test_with_the_clients_own_port(net: Topology, family: Family) -> None:
 def test_the_clients_own_port_where_it_is_not_free(net: Topology, family: Family) -> None:
     """Its last connection to this backend is still in TIME_WAIT there: another port, no failure."""
     server = backend(net, family)
-    config = gateway(family, source="client-port") + gateway(family, source="client-port").replace(
-        'name = "web"', 'name = "same"'
-    ).replace(f"port = {GATEWAY_PORT}", f"port = {GATEWAY_PORT + 1}")
+    config = gateway(family, source="client-port") + gateway(
+        family, source="client-port", name="same", port=GATEWAY_PORT + 1
+    )
     with Daemon(net.pod, config) as daemon:
         first = through(net, family, server, source_port=40_000)
         assert first.app.getpeername()[:2] == (family.client, 40_000)
