@@ -7,7 +7,7 @@ import subprocess
 from typing import Any
 
 from lib.daemon import Daemon, tproxyd
-from lib.gateways import at, backend, gateway
+from lib.gateway import at, backend, to_neighbour
 from lib.topology import V4, Family, Topology
 
 Check = dict[str, Any]
@@ -29,7 +29,7 @@ def complaints(net: Topology, config: str) -> dict[str, Check]:
 
 def test_answers_that_come_home(net: Topology, family: Family) -> None:
     server = backend(net, family)
-    config = gateway(family, source="client")
+    config = to_neighbour(family, source="client")
     with Daemon(net.pod, config):
         found = doctor(net, config)[f"web {at(family.beyond)}"]
         assert found["verdict"] == "ok"
@@ -43,7 +43,7 @@ def test_answers_that_take_another_way(net: Topology, family: Family) -> None:
     backend(net, family)
     net.beyond.ip("route del default via 10.9.2.1", "route add blackhole 192.0.2.0/24")
     net.beyond.ip("route del default via fd00:9:2::1", "route add blackhole 2001:db8::/32")
-    config = gateway(family, source="client")
+    config = to_neighbour(family, source="client")
     with Daemon(net.pod, config):
         found = complaints(net, config)[f"web {at(family.beyond)}"]
         assert found["verdict"] == "fail"
@@ -54,7 +54,7 @@ def test_answers_that_take_another_way(net: Topology, family: Family) -> None:
 def test_a_backend_that_refuses(net: Topology, family: Family) -> None:
     """That its refusal came home is what was to be known."""
     net.beyond.ip("link set lo up")
-    config = gateway(family, source="client")
+    config = to_neighbour(family, source="client")
     with Daemon(net.pod, config):
         found = complaints(net, config)[f"web {at(family.beyond)}"]
         assert found["verdict"] == "warn"
@@ -63,7 +63,7 @@ def test_a_backend_that_refuses(net: Topology, family: Family) -> None:
 
 def test_a_backend_that_is_gone(net: Topology, family: Family) -> None:
     net.beyond.ip("link set b0 down")
-    config = gateway(family, source="client")
+    config = to_neighbour(family, source="client")
     with Daemon(net.pod, config):
         found = complaints(net, config)[f"web {at(family.beyond)}"]
         assert found["verdict"] == "fail"
@@ -72,7 +72,7 @@ def test_a_backend_that_is_gone(net: Topology, family: Family) -> None:
 
 def test_without_the_rules(net: Topology, family: Family) -> None:
     backend(net, family)
-    config = gateway(family, source="client")
+    config = to_neighbour(family, source="client")
     with Daemon(net.pod, config, install=False):
         found = complaints(net, config)
         assert found["rules"]["detail"] == "none, so upstreams that see the client can't answer us"
@@ -80,7 +80,7 @@ def test_without_the_rules(net: Topology, family: Family) -> None:
 
 def test_an_ordinary_proxy_needs_nothing(net: Topology, family: Family) -> None:
     backend(net, family)
-    config = gateway(family)
+    config = to_neighbour(family)
     with Daemon(net.pod, config):
         found = doctor(net, config)
         assert {check["verdict"] for check in found.values()} == {"ok"}
@@ -92,7 +92,7 @@ def test_an_ordinary_proxy_needs_nothing(net: Topology, family: Family) -> None:
 def test_src_valid_mark(net: Topology) -> None:
     """WireGuard's wg-quick sets it; every IPv4 answer is then dropped where it arrives."""
     server = backend(net, V4)
-    config = gateway(V4, source="client", connect_timeout_s=0.5)
+    config = to_neighbour(V4, source="client", connect_timeout_s=0.5)
     net.pod.sysctl("net/ipv4/conf/all/src_valid_mark", 1)
     with Daemon(net.pod, config) as daemon:
         net.connect_and_end(V4, 8000)
@@ -123,7 +123,7 @@ def test_a_router(net: Topology) -> None:
 
 
 def test_an_ordinary_proxy_whose_backend_is_down(net: Topology) -> None:
-    config = gateway(V4, "127.0.0.1:81", "unix:/no/such.sock")
+    config = to_neighbour(V4, "127.0.0.1:81", "unix:/no/such.sock")
     with Daemon(net.pod, config):
         found = complaints(net, config)
         assert found["web 127.0.0.1:81"]["detail"] == "does not answer: Connection refused"
@@ -131,7 +131,7 @@ def test_an_ordinary_proxy_whose_backend_is_down(net: Topology) -> None:
 
 
 def test_a_name(net: Topology) -> None:
-    config = gateway(V4, "localhost:80", "no-such-name.invalid:80")
+    config = to_neighbour(V4, "localhost:80", "no-such-name.invalid:80")
     found = doctor(net, config)
     assert "127.0.0.1" in found["name localhost"]["detail"]
     assert found["name no-such-name.invalid"]["verdict"] == "fail"

@@ -1,10 +1,10 @@
-"""A gateway and a sidecar in one daemon: what is made to the gateway is not taken by the sidecar."""
+"""A gateway and a sidecar in one daemon: the sidecar takes nothing that is made to the gateway."""
 
 from __future__ import annotations
 
 import pytest
 from lib.daemon import Daemon
-from lib.gateways import backend, end, gateway, through
+from lib.gateway import backend, end, through, to_neighbour
 from lib.streams import assert_talks
 from lib.topology import Family, Topology
 
@@ -13,9 +13,7 @@ from lib.topology import Family, Topology
 @pytest.mark.parametrize("bind", ["*", "address"])
 def test_both(net: Topology, family: Family, via: str, bind: str) -> None:
     server = backend(net, family)
-    web = gateway(family)
-    if bind == "address":
-        web = web.replace('bind = "*"', f'bind = "{family.pod}"')
+    web = to_neighbour(family, bind="*" if bind == "*" else family.pod)
     with Daemon(net.pod, f'{web}\n[[listener]]\nintercept.via = "{via}"\n') as daemon:
         pair = through(net, family, server)
         assert pair.app.getpeername()[0] == family.pod_beyond
