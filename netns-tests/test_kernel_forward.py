@@ -66,7 +66,7 @@ def server(net: Topology, family: Family, port: int = PORT) -> socket.socket:
 def through(net: Topology, family: Family, server: socket.socket, port: int = PORT) -> Pair:
     """A client's connection that nobody took: the server sees the client itself."""
     client = net.keep(net.client.connect(family.beyond, port))
-    far = net.keep(server.accept()[0])
+    far = accept(net, server)
     assert far.getpeername() == client.getsockname()
     return Pair(client, far)
 
@@ -88,7 +88,7 @@ class Taken:
         assert self.ours.getsockname()[:2] == (family.beyond, PORT)
         source = self.client.getsockname()[:2]
         self.upstream = dial_as(net, family, source, (family.beyond, PORT))
-        self.far = net.keep(server.accept()[0])
+        self.far = accept(net, server)
         assert self.far.getpeername()[:2] == source, "the client's own port too"
 
     def assert_talks(self) -> None:
@@ -173,8 +173,12 @@ def test_selectors_hold_for_forwarded_traffic(net: Topology, family: Family) -> 
 
 
 def test_a_client_that_uses_its_port_again(net: Topology, family: Family) -> None:
-    """Its SYN meets our end of the old connection in TIME_WAIT, and still goes to the listener."""
+    """Its SYN meets our end of the old connection in TIME_WAIT, and still goes to our listener.
+
+    And not to another that this host has on the port.
+    """
     web = server(net, family)
+    net.app(family)
     net.pod.inside(install, ROUTER)
     listener = listen(net, family, OURS)
     first = Taken(net, family, listener, web, client_port=40_000)
@@ -185,6 +189,7 @@ def test_a_client_that_uses_its_port_again(net: Topology, family: Family) -> Non
     first.ours.close()
     reset(first.upstream)
     Taken(net, family, listener, web, client_port=40_000).assert_talks()
+    assert net.app_saw_nothing(family)
 
 
 def test_what_syn_cookies_cannot_do(net: Topology, family: Family) -> None:
@@ -226,7 +231,7 @@ def test_what_src_valid_mark_asks_for(
     if works:
         Taken(net, V4, listener, web).assert_talks()
         upstream = dial_as(net, V4, (V4.client, 40_000), (V4.beyond, OTHER_PORT))
-        assert_talks(Pair(upstream, net.keep(other.accept()[0])))
+        assert_talks(Pair(upstream, accept(net, other)))
         return
     client = net.keep(net.client.open_socket())
     client.settimeout(SOON_S / 2)
@@ -258,7 +263,7 @@ def test_a_remote_backend_sees_the_client(net: Topology, family: Family) -> None
     assert unanswered(net, family, to), "it must need the rule"
     net.pod.inside(install, GATEWAY)
     upstream = dial_as(net, family, (family.client, 40_000), to)
-    pair = Pair(upstream, net.keep(web.accept()[0]))
+    pair = Pair(upstream, accept(net, web))
     assert pair.app.getpeername()[:2] == (family.client, 40_000)
     assert_talks(pair)
     assert_talks(old)
@@ -295,8 +300,7 @@ def test_a_path_with_a_smaller_mtu(net: Topology, family: Family, far: Namespace
     listener = net.keep(far.listen(host, PORT))
     net.pod.inside(install, GATEWAY)
     upstream = dial_as(net, family, (family.client, 40_000), (host, PORT))
-    app = net.keep(listener.accept()[0])
-    app.settimeout(5)
+    app = accept(net, listener)
     upstream.sendall(bytes(20_000))
     assert receive(app, 20_000) == bytes(20_000)
 

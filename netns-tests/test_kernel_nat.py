@@ -76,6 +76,7 @@ def taken(net: Topology, family: Family, listener: socket.socket) -> Pair:
 def test_redirect(net: Topology, family: Family) -> None:
     """Old connections live, and those of this host's own are none of ours."""
     old = net.pair(family)
+    old.app.settimeout(5)
     net.pod.inside(install, IN_OUR_NAME)
     with pytest.raises(ConnectionRefusedError):
         net.connect(family)
@@ -131,7 +132,7 @@ def test_the_address_of_a_proxy_that_redirects(net: Topology, family: Family) ->
         sock.setsockopt(socket.IPPROTO_IPV6, IPV6_FREEBIND, 1)
     sock.bind((host, 0))
     sock.connect((family.pod, PORT))
-    far = net.keep(app.accept()[0])
+    far = accept(net, app)
     assert far.getpeername()[0] == host
     assert_talks(Pair(sock, far))
 
@@ -228,7 +229,7 @@ def connect_as(net: Topology, family: Family, user: int, group: int = 0) -> sock
 def test_outbound(net: Topology, family: Family) -> None:
     """What is made here for elsewhere is taken; but not ours, not old, not for this host."""
     web = net.keep(net.beyond.listen(family.beyond, PORT))
-    old = Pair(net.keep(net.pod.connect(family.beyond, PORT)), net.keep(web.accept()[0]))
+    old = Pair(net.keep(net.pod.connect(family.beyond, PORT)), accept(net, web))
     config = outbound()
     net.pod.inside(install, config)
     with pytest.raises(ConnectionRefusedError):
@@ -241,7 +242,7 @@ def test_outbound(net: Topology, family: Family) -> None:
         upstream = net.keep(net.pod.open_socket(af(family)))
         upstream.setsockopt(socket.SOL_SOCKET, SO_MARK, mark)
         upstream.connect((family.beyond, PORT))
-        assert_talks(Pair(upstream, net.keep(web.accept()[0])))
+        assert_talks(Pair(upstream, accept(net, web)))
     net.app(family)
     local = net.keep(net.pod.connect(family.pod, PORT))
     assert_talks(Pair(local, net.accept(family)))
@@ -250,7 +251,7 @@ def test_outbound(net: Topology, family: Family) -> None:
     assert_talks(old)
 
     net.pod.inside(install, config, intercept=False)
-    direct = Pair(net.keep(net.pod.connect(family.beyond, PORT)), net.keep(web.accept()[0]))
+    direct = Pair(net.keep(net.pod.connect(family.beyond, PORT)), accept(net, web))
     for pair in (direct, old, Pair(client, ours)):
         assert_talks(pair)
 
@@ -260,7 +261,7 @@ def test_whose_outbound_connections_are_left_alone(net: Topology, family: Family
     listener = net.keep(net.pod.listen("" if family.name == "v4" else "::", OURS))
     net.pod.inside(install, outbound(exclude_uids=(5, USER), exclude_gids=(USER + 1,)))
     for user, group in ((USER, 0), (5, 0), (0, USER + 1), (USER, USER + 1)):
-        assert_talks(Pair(connect_as(net, family, user, group), net.keep(web.accept()[0])))
+        assert_talks(Pair(connect_as(net, family, user, group), accept(net, web)))
     for user, group in ((0, 0), (USER + 1, 0), (0, USER), (0, 5)):
         assert_talks(Pair(connect_as(net, family, user, group), accept(net, listener)))
 
@@ -277,7 +278,7 @@ def test_where_outbound_connections_are_left_alone(net: Topology, family: Family
     ):
         net.pod.inside(install, outbound(**selectors))
         client = net.keep(net.pod.connect(family.beyond, PORT))
-        assert_talks(Pair(client, net.keep(web.accept()[0])))
+        assert_talks(Pair(client, accept(net, web)))
     for selectors in (
         {"exclude_destinations": elsewhere},
         {"destinations": beyond},

@@ -22,6 +22,8 @@ Facts (nft 1.0.6, Linux 6.18):
   both are in use each names the other's listeners, in the order of the configuration.
 - Connection tracking takes a connection up in its middle, as new, and nat would redirect it (an old
   connection then dies, by timeout). So nat is for SYNs.
+- A connection that is made here has passed nat at the hook output, and is not shown to the chain at
+  prerouting when it comes through lo: our own upstream connections need no bypass there.
 - A connection that nat has redirected needs it as long as it lives. Both must stay: a chain of nat,
   at whatever hook (with the last one its hooks go), and a rule that asks connection tracking (with
   the last one that goes, whatever chains are left). An empty chain of nat is not enough: within a
@@ -266,7 +268,7 @@ def _nat_prerouting(config: Config, intercept: bool) -> tuple[Rule, ...]:
         return (KEPT,)
     forwarded = Rule((ForUs(negate=True),), Verdict.ACCEPT, "forwarded traffic goes its way")
     takes = (*_ordinary(config), *_listeners(local, Via.REDIRECT))
-    return (LO, OTHER_PROTOCOLS, forwarded, NOT_NEW, *takes)
+    return (OTHER_PROTOCOLS, forwarded, NOT_NEW, *takes)
 
 
 def _nat_output(config: Config, intercept: bool) -> tuple[Rule, ...]:

@@ -121,7 +121,6 @@ def test_redirect_in_our_own_name() -> None:
         """
         ip -6 route add local ::6/128 dev lo table 255 proto 133
         chain nat_prerouting at prerouting of nat:
-            in through lo → accept
             not TCP → accept
             not to an address of this host → accept
             not a SYN → accept
