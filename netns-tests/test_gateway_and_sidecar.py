@@ -24,6 +24,6 @@ def test_both(net: Topology, family: Family, via: str, bind: str) -> None:
         assert_talks(sidecar)
         end(sidecar)
         records = daemon.wait_log(2)
-        assert [record["listener"] for record in records] == ["web", "inbound"]
+        assert {record["listener"] for record in records} == {"web", "inbound"}
         net.connect_and_end(family, 15006)
-        assert daemon.wait_log(3)[2]["close_reason"] == "loop"
+        assert "loop" in {record["close_reason"] for record in daemon.wait_log(3)}
