@@ -114,7 +114,7 @@ def test_the_clients_own_port_where_it_is_not_free(net: Topology, family: Family
 
 
 def test_answers_that_do_not_come_home(net: Topology, family: Family) -> None:
-    """The backend has a way to the client that avoids us: the deadline ends it, and doctor knows."""
+    """The backend has a way to the client that avoids us: the deadline ends it; doctor knows."""
     backend(net, family)
     net.beyond.ip(f"route add blackhole {family.client}")
     with Daemon(net.pod, gateway(family, source="client", connect_timeout_s=0.5)) as daemon:
