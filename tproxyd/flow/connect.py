@@ -51,7 +51,7 @@ import os
 import socket
 from typing import Any, NamedTuple, Protocol
 
-from tproxyd.addr import Endpoint, Source, endpoint_of
+from tproxyd.addr import Endpoint, Source, endpoint_of, is_unix
 from tproxyd.errors import CloseReason, UpstreamError
 from tproxyd.flow.listen import KEEPALIVE_IDLE_S
 from tproxyd.flow.policy import Plan
@@ -230,6 +230,8 @@ def _held(stream: Stream, plan: Plan, network: Network) -> bool:
 
 def _failure(code: int, plan: Plan) -> Exception:
     what = f"connect to {plan.upstream}: {os.strerror(code)}"
+    if code == errno.EACCES and is_unix(plan.upstream):
+        what += f" for uid {os.geteuid()}"  # which is not the one that started us
     if code in (errno.ECONNREFUSED, errno.EAGAIN):  # EAGAIN: the queue of a unix socket is full
         return UpstreamError(CloseReason.UPSTREAM_REFUSED, what)
     if code == errno.ETIMEDOUT:
