@@ -10,6 +10,7 @@ client. And what it is all about, in the smallest form: an application behind a 
 
 from __future__ import annotations
 
+import contextlib
 import socket
 
 import pytest
@@ -143,9 +144,11 @@ def test_each_hop_believes_only_the_one_before_it(net: Topology, family: Family)
         [record] = sidecar.wait_log()
         assert record["proxy_protocol"] is None
 
-        source = net.keep(net.client.connect(family.pod, GATEWAY_PORT))
-        source.sendall(claim)
-        was_reset(source)  # the sidecar's own address, in a header to the sidecar
+        # What says the truth to the sidecar, its own address, is refused there, maybe at once.
+        with contextlib.suppress(ConnectionError):
+            source = net.keep(net.client.connect(family.pod, GATEWAY_PORT))
+            source.sendall(claim)
+            was_reset(source)
         assert sidecar.wait_log(2)[1]["close_reason"] == "client_refused"
         [record] = between.wait_log()
         assert record["proxy_protocol"] is None

@@ -30,7 +30,7 @@ CANT = f"web: {NAME} can't be resolved"
 @pytest.fixture
 def names(net: Topology) -> Iterator[Names]:
     """Of the pod, whose neighbour has a second address of each family."""
-    net.beyond.ip("addr add 10.9.2.3/24 dev b0", "addr add fd00:9:2::3/64 dev b0")
+    net.beyond.ip("addr add 10.9.2.3/24 dev b0", "addr add fd00:9:2::3/64 dev b0 nodad")
     with naming(net.pod) as names:
         yield names
 
