@@ -61,7 +61,7 @@ class Backend:
 
 @pytest.fixture
 def backend(net: Topology, family: Family) -> Iterator[Backend]:
-    net.client.ip("addr add 10.9.1.3/24 dev c0", "addr add fd00:9:1::3/64 dev c0")
+    net.client.ip("addr add 10.9.1.3/24 dev c0", "addr add fd00:9:1::3/64 dev c0 nodad")
     backend = Backend(net, family)
     yield backend
     backend.stop()
@@ -225,6 +225,7 @@ def test_a_worker_that_is_killed(net: Topology, family: Family, backend: Backend
     """What it had counted goes with it, and what the other one has stays."""
     with Daemon(net.pod, limited(family, 12)) as daemon:
         assert len(served(net, family, 14)) == 12
+        wait_for(lambda: active(daemon) == 12, "the refused to be over")
         victim = max(daemon.status()["workers"], key=lambda worker: worker["active"])
         assert victim["active"] >= 6
         os.kill(victim["pid"], signal.SIGKILL)

@@ -22,6 +22,7 @@ from lib.waits import wait_for
 def path() -> Iterator[Path]:
     """Of a socket. Not pytest's tmp_path: that of a socket has 107 bytes, test names are long."""
     with tempfile.TemporaryDirectory(prefix="tproxyd-") as directory:
+        os.chmod(directory, 0o755)
         yield Path(directory, "app.sock")
 
 
@@ -29,6 +30,7 @@ def listening(net: Topology, path: Path) -> socket.socket:
     listener = net.keep(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
     listener.settimeout(10)
     listener.bind(str(path))
+    os.chmod(path, 0o666)  # the workers run as an ordinary user
     listener.listen()
     return listener
 
@@ -86,13 +88,21 @@ def test_nobody_listens(net: Topology, family: Family, path: Path) -> None:
 
 
 def test_one_that_may_not_be_opened(net: Topology, path: Path) -> None:
-    """The workers have no capability to get past permissions, even as root."""
+    """The log says who may not: workers are an ordinary user, whoever started the daemon."""
     listening(net, path)
-    os.chown(path, 65534, 65534)
     os.chmod(path, 0o600)
+    with Daemon(net.pod, gateway(f"unix:{path}")) as daemon:
+        net.connect_and_end(port=GATEWAY_PORT)
+        [record] = daemon.wait_log()
+        assert record["response_flags"] == "UF"
+        [worker, *_] = daemon.workers()
+        uid = os.stat(f"/proc/{worker}").st_uid
+        assert uid != 0
+        why = record["connection_termination_details"]
+        assert why == f"connect to unix:{path}: Permission denied for uid {uid}"
     checks = {"interval_s": 0.02}
     with Daemon(net.pod, gateway(f"unix:{path}", health_check=checks)) as daemon:
-        assert f"unix:{path} is down: permission denied" in daemon.stderr
+        assert f"unix:{path} is down: permission denied for uid {uid}" in daemon.stderr
         net.connect_and_end(port=GATEWAY_PORT)
         assert daemon.wait_log()[0]["response_flags"] == "UH"
         os.chmod(path, 0o666)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from lib.daemon import Daemon
+from lib.daemon import Daemon, descendants
 from lib.gateway import GATEWAY_PORT, gateway
 from lib.names import Names, naming
+from lib.processes import is_gone
 from lib.programs import quoted
 from lib.servers import greeting
 from lib.streams import receive_to_end
@@ -26,7 +30,7 @@ CANT = f"web: {NAME} can't be resolved"
 @pytest.fixture
 def names(net: Topology) -> Iterator[Names]:
     """Of the pod, whose neighbour has a second address of each family."""
-    net.beyond.ip("addr add 10.9.2.3/24 dev b0", "addr add fd00:9:2::3/64 dev b0")
+    net.beyond.ip("addr add 10.9.2.3/24 dev b0", "addr add fd00:9:2::3/64 dev b0 nodad")
     with naming(net.pod) as names:
         yield names
 
@@ -171,6 +175,43 @@ def test_an_address_that_is_gone_is_no_longer_checked(net: Topology, names: Name
             return True
 
         stays(nobody_comes, "silence at the old address", 0.3)
+
+
+def test_what_is_known_outlives_who_found_it(net: Topology, names: Names, family: Family) -> None:
+    """The process that asks for names, and a worker that was told, are killed and replaced."""
+    names.say({NAME: [family.beyond]})
+    second = SECOND[family.name]
+    with at(net, family.beyond, second), Daemon(net.pod, config()) as daemon:
+        names.say({NAME: [second]})
+        wait_for(lambda: known(daemon) == [quoted(second, PORT)], "the new address")
+        names.say({})
+        wait_for(lambda: failures(daemon) >= 3, "three failures")
+        kill(daemon, "tproxyd/prober")
+        counted = [failures(daemon)]
+
+        def counts_on() -> bool:
+            counted.append(failures(daemon))
+            return counted[-1] >= counted[0] + 2
+
+        wait_for(counts_on, "failures of the next one")
+        assert counted == sorted(counted)
+        assert known(daemon) == [quoted(second, PORT)]
+        assert daemon.stderr.count(CANT) == 1  # it is no news to the next one
+        [worker] = daemon.workers()
+        kill(daemon, "tproxyd/0")
+        wait_for(lambda: daemon.workers() not in ([worker], [0]), "the next worker")
+        assert [served_by(net, family) for _ in range(4)] == [second] * 4
+
+
+def kill(daemon: Daemon, name: str) -> None:
+    """The daemon's process of this name, and it is gone."""
+    [pid] = [
+        pid
+        for pid in descendants(daemon.pid)
+        if Path(f"/proc/{pid}/comm").read_text() == f"{name}\n"
+    ]
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: is_gone(pid), f"{name} to go")
 
 
 @pytest.mark.usefixtures("names")

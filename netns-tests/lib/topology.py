@@ -119,15 +119,15 @@ class Topology:
     ) -> None:
         """A veth pair between them, with addresses, and the hub as the leaf's default router.
 
-        Addresses come when both ends are up: where they came first, one IPv6 connection in some
-        fifty that was made at once was never answered.
+        nodad: else an IPv6 address is tentative until some work of the kernel's own has run, even
+        where accept_dad is 0, and a client that connects before is given its link-local one.
         """
-        leaf.ip(f"link add {a} type veth peer name {b} netns {hub.name}", f"link set {a} up")
-        hub.ip(f"link set {b} up")
-        hub.ip(f"addr add {b4}/24 dev {b}", f"addr add {b6}/64 dev {b}")
+        leaf.ip(f"link add {a} type veth peer name {b} netns {hub.name}")
+        hub.ip(f"addr add {b4}/24 dev {b}", f"addr add {b6}/64 dev {b} nodad", f"link set {b} up")
         leaf.ip(
             f"addr add {a4}/24 dev {a}",
-            f"addr add {a6}/64 dev {a}",
+            f"addr add {a6}/64 dev {a} nodad",
+            f"link set {a} up",
             f"route add default via {b4}",
             f"route add default via {b6}",
         )

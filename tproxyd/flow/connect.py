@@ -51,7 +51,7 @@ import os
 import socket
 from typing import Any, NamedTuple, Protocol
 
-from tproxyd.addr import Endpoint, Source, endpoint_of
+from tproxyd.addr import Endpoint, Source, endpoint_of, is_unix
 from tproxyd.errors import CloseReason, UpstreamError
 from tproxyd.flow.listen import KEEPALIVE_IDLE_S
 from tproxyd.flow.policy import Plan
@@ -231,6 +231,8 @@ _NOT_IN_THE_WAY = (0, TCP_LISTEN, TCP_SYN_RECV, TCP_NEW_SYN_RECV)
 
 def _failure(code: int, plan: Plan) -> Exception:
     what = f"connect to {plan.upstream}: {os.strerror(code)}"
+    if code == errno.EACCES and is_unix(plan.upstream):
+        what += f" for uid {os.geteuid()}"  # which is not the one that started us
     if code in (errno.ECONNREFUSED, errno.EAGAIN):  # EAGAIN: the queue of a unix socket is full
         return UpstreamError(CloseReason.UPSTREAM_REFUSED, what)
     if code == errno.ETIMEDOUT:

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
 from collections.abc import Callable
@@ -220,7 +221,7 @@ class Prober:
                 async with asyncio.timeout(rules.timeout_s):
                     sock = await knock(where, listener.send_proxy, self._mark)
             except OSError as error:  # and the TimeoutError of the line above
-                why = _why(error, rules.timeout_s)
+                why = _why(where, error, rules.timeout_s)
             verdict.add(why, rules)
             self._note()
             if sock is not None:
@@ -267,9 +268,11 @@ async def take_leave(sock: socket.socket, seconds: float) -> None:
                     break
 
 
-def _why(error: OSError, seconds: float) -> str:
+def _why(where: Endpoint, error: OSError, seconds: float) -> str:
     if isinstance(error, BlockingIOError):
         return "its accept queue is full"
     if error.errno is None:
         return f"no answer within {seconds:g} s"
+    if error.errno == errno.EACCES and is_unix(where):
+        return f"permission denied for uid {os.geteuid()}"  # not the one that started us
     return os.strerror(error.errno).lower()
