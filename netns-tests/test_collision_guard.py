@@ -11,11 +11,11 @@ import socket
 
 import pytest
 from lib.netns import SOCKET_TIMEOUT_S
+from lib.standins import listen, transparent
 from lib.streams import assert_talks
 from lib.topology import PORT, Family, Pair, Topology
 from lib.waits import stays
 
-from tproxyd import linux
 from tproxyd.config import Config, ReturnPath, Rules
 from tproxyd.kernel.reconcile import install
 
@@ -28,28 +28,10 @@ def config(request: pytest.FixtureRequest) -> Config:
     return Config(rules=Rules(return_path=request.param))
 
 
-def transparent(net: Topology, family: Family, mark: int) -> socket.socket:
-    sock = net.keep(net.pod.open_socket(_af(family)))
-    if family.name == "v4":
-        sock.setsockopt(socket.SOL_IP, linux.IP_TRANSPARENT, 1)
-    else:
-        sock.setsockopt(socket.IPPROTO_IPV6, linux.IPV6_TRANSPARENT, 1)
-        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    sock.setsockopt(socket.SOL_SOCKET, linux.SO_MARK, mark)
-    return sock
-
-
-def _af(family: Family) -> socket.AddressFamily:
-    return socket.AF_INET if family.name == "v4" else socket.AF_INET6
-
-
 def proxied(net: Topology, family: Family, config: Config) -> Pair:
     """A client's connection and our end of it, at our transparent listener."""
     net.app(family)
-    listener = transparent(net, family, config.listener_mark)
-    listener.bind(("" if family.name == "v4" else "::", config.listeners[0].port))
-    listener.listen()
+    listener = listen(net, family, config.listeners[0].port, mark=config.listener_mark)
     client = net.connect(family, source_port=CLIENT_PORT)
     ours = net.keep(listener.accept()[0])
     ours.settimeout(SOCKET_TIMEOUT_S)

@@ -11,52 +11,17 @@ import socket
 
 import pytest
 from lib.daemon import Daemon
+from lib.gateway import GATEWAY_PORT, at, backend, end, through, to_neighbour
 from lib.streams import Receiving, Sending, assert_talks, pattern
-from lib.topology import PORT, Family, Pair, Topology, seen_port
+from lib.topology import Family, Pair, Topology, seen_port
 from lib.waits import wait_for
-
-GATEWAY_PORT = 8000
-
-
-def gateway(family: Family, *upstreams: str, **options: object) -> str:
-    """A listener in the pod; by default its one upstream is the neighbour."""
-    listed = upstreams or (at(family.beyond),)
-    lines = [
-        "[[listener]]",
-        'name = "web"',
-        'bind = "*"',
-        f"port = {GATEWAY_PORT}",
-        f"upstream = {list(listed)}",
-        *(f"{key} = {value!r}" for key, value in options.items()),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def at(host: str, port: int = PORT) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def backend(net: Topology, family: Family, port: int = PORT) -> socket.socket:
-    return net.keep(net.beyond.listen(family.beyond, port))
-
-
-def through(net: Topology, family: Family, server: socket.socket, source_port: int = 0) -> Pair:
-    client = net.connect(family, GATEWAY_PORT, source_port=source_port)
-    return Pair(client, net.keep(server.accept()[0]))
-
-
-def end(pair: Pair) -> None:
-    """In order."""
-    pair.client.close()
-    assert pair.app.recv(1) == b""
-    pair.app.close()
 
 
 def test_without_anything_the_backend_sees_the_gateway(net: Topology, family: Family) -> None:
     """And the kernel is left alone: an ordinary proxy needs nothing of it."""
     server = backend(net, family)
     before = net.pod.dump()
-    with Daemon(net.pod, gateway(family)) as daemon:
+    with Daemon(net.pod, to_neighbour(family)) as daemon:
         pair = through(net, family, server)
         assert pair.app.getpeername()[0] == family.pod_beyond
         assert_talks(pair)
@@ -74,7 +39,7 @@ def test_as_the_client(net: Topology, family: Family, rp_filter: int) -> None:
     server = backend(net, family)
     for name in ("all", "p0", "p1"):
         net.pod.sysctl(f"net/ipv4/conf/{name}/rp_filter", rp_filter)
-    with Daemon(net.pod, gateway(family, source="client")) as daemon:
+    with Daemon(net.pod, to_neighbour(family, source="client")) as daemon:
         pair = through(net, family, server)
         port = pair.client.getsockname()[1]
         assert pair.app.getpeername()[:2] == (family.client, seen_port(port))
@@ -91,7 +56,7 @@ def test_as_the_client(net: Topology, family: Family, rp_filter: int) -> None:
 
 def test_with_the_clients_own_port(net: Topology, family: Family) -> None:
     server = backend(net, family)
-    with Daemon(net.pod, gateway(family, source="client-port")) as daemon:
+    with Daemon(net.pod, to_neighbour(family, source="client-port")) as daemon:
         pair = through(net, family, server)
         name = pair.client.getsockname()
         assert pair.app.getpeername() == name
@@ -104,9 +69,8 @@ def test_with_the_clients_own_port(net: Topology, family: Family) -> None:
 def test_the_clients_own_port_where_it_is_not_free(net: Topology, family: Family) -> None:
     """Its last connection to this backend is still in TIME_WAIT there: another port, no failure."""
     server = backend(net, family)
-    config = gateway(family, source="client-port") + gateway(family, source="client-port").replace(
-        'name = "web"', 'name = "same"'
-    ).replace(f"port = {GATEWAY_PORT}", f"port = {GATEWAY_PORT + 1}")
+    config = to_neighbour(family, source="client-port")
+    config += to_neighbour(family, source="client-port", name="same", port=GATEWAY_PORT + 1)
     with Daemon(net.pod, config) as daemon:
         first = through(net, family, server, source_port=40_000)
         assert first.app.getpeername()[:2] == (family.client, 40_000)
@@ -122,11 +86,24 @@ def test_the_clients_own_port_where_it_is_not_free(net: Topology, family: Family
         assert daemon.metric("tproxyd_source_port_retries_total", cause="not_available") == 1
 
 
+def test_a_backend_that_is_the_client(net: Topology, family: Family) -> None:
+    """It would drop what comes from outside in its own name; so it sees the gateway."""
+    server = backend(net, family)
+    with Daemon(net.pod, to_neighbour(family, source="client")) as daemon:
+        client = net.connect_beyond(family, GATEWAY_PORT)
+        pair = Pair(client, net.keep(server.accept()[0]))
+        assert pair.app.getpeername()[0] == family.pod_beyond
+        assert_talks(pair)
+        end(pair)
+        [record] = daemon.wait_log()
+        assert record["source_fallback"] == "hairpin"
+
+
 def test_answers_that_do_not_come_home(net: Topology, family: Family) -> None:
-    """The backend has a way to the client that avoids us: the deadline ends it, and doctor knows."""
+    """The backend has a way to the client that avoids us: the deadline ends it."""
     backend(net, family)
     net.beyond.ip(f"route add blackhole {family.client}")
-    with Daemon(net.pod, gateway(family, source="client", connect_timeout_s=0.5)) as daemon:
+    with Daemon(net.pod, to_neighbour(family, source="client", connect_timeout_s=0.5)) as daemon:
         net.connect_and_end(family, GATEWAY_PORT)
         [record] = daemon.wait_log()
         assert record["close_reason"] == "upstream_timeout"
@@ -136,7 +113,7 @@ def test_answers_that_do_not_come_home(net: Topology, family: Family) -> None:
 def test_the_backend_refuses(net: Topology, family: Family) -> None:
     """The RST for a foreign address comes home too: the client hears of it at once."""
     net.beyond.ip("link set lo up")  # it is there, and nobody listens
-    with Daemon(net.pod, gateway(family, source="client")) as daemon:
+    with Daemon(net.pod, to_neighbour(family, source="client")) as daemon:
         net.connect_and_end(family, GATEWAY_PORT)
         [record] = daemon.wait_log()
         assert record["close_reason"] == "upstream_refused"
@@ -145,7 +122,7 @@ def test_the_backend_refuses(net: Topology, family: Family) -> None:
 
 def test_a_backend_down_and_another_up(net: Topology, family: Family) -> None:
     server = backend(net, family)
-    config = gateway(family, at(family.beyond, 81), at(family.beyond), source="client")
+    config = to_neighbour(family, at(family.beyond, 81), at(family.beyond), source="client")
     with Daemon(net.pod, config) as daemon:
         for _ in range(8):
             pair = through(net, family, server)
@@ -162,7 +139,7 @@ def test_a_backend_down_and_another_up(net: Topology, family: Family) -> None:
 def test_all_are_ejected(net: Topology, family: Family) -> None:
     """Nobody is left to ask: refused at once, and served again when one is back."""
     net.beyond.ip("link set lo up")  # it is there, and nobody listens
-    config = "workers = 1\n" + gateway(family, eject_after=2, eject_s=0.3)
+    config = "workers = 1\n" + to_neighbour(family, eject_after=2, eject_s=0.3)
     with Daemon(net.pod, config) as daemon:
         for _ in range(3):
             net.connect_and_end(family, GATEWAY_PORT)
@@ -193,7 +170,7 @@ def test_a_backend_that_is_black_holed(net: Topology, family: Family) -> None:
         "table inet hole { chain output { type filter hook output priority 0; "
         "tcp dport 81 drop\n }\n }\n"
     )
-    config = gateway(
+    config = to_neighbour(
         family, at(family.beyond, 81), at(family.beyond), connect_timeout_s=0.3, eject_after=1
     )
     with Daemon(net.pod, "workers = 1\n" + config) as daemon:

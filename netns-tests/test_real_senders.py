@@ -6,16 +6,14 @@ behind a header; tproxyd trusts `beyond` and takes nothing from it without one.
 
 from __future__ import annotations
 
-import contextlib
 import socket
-import threading
-from collections.abc import Iterator
 
 import pytest
 from lib.daemon import Daemon
 from lib.headers import v1
 from lib.programs import quoted
 from lib.senders import BALANCER_PORT, sending
+from lib.servers import greeting
 from lib.streams import Sending, assert_talks, pattern, receive, receive_to_end
 from lib.topology import PORT, V6, Family, Pair, Topology
 from lib.waits import wait_for
@@ -158,27 +156,3 @@ def test_health_checks_of_the_balancer(
 
 def host_of(endpoint: str) -> str:
     return endpoint.rpartition(":")[0].strip("[]")
-
-
-@contextlib.contextmanager
-def greeting(listener: socket.socket) -> Iterator[list[str]]:
-    """An application that says "ready" to everybody, and no more: the hosts that came, so far."""
-    hosts: list[str] = []
-
-    def serve() -> None:
-        while True:
-            try:
-                sock, peer = listener.accept()
-            except OSError:  # not listening any more
-                return
-            hosts.append(peer[0])
-            with sock, contextlib.suppress(ConnectionError):  # a balancer that is gone
-                sock.sendall(b"ready")
-
-    thread = threading.Thread(target=serve, daemon=True)
-    thread.start()
-    try:
-        yield hosts
-    finally:
-        listener.shutdown(socket.SHUT_RDWR)
-        thread.join()

@@ -43,6 +43,10 @@ class Program:
         """The lines of its log so far."""
         return self._out.read_text().splitlines()
 
+    def complained(self) -> list[str]:
+        """The lines of its error log so far."""
+        return self._err.read_text().splitlines()
+
     def told(self) -> str:
         """What it wrote, for the reader of a failure."""
         return "\n".join(

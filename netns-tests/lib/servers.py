@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 from lib.netns import Namespace
-from lib.programs import Program, listener, running, typed
+from lib.programs import Program, address, listener, running, typed
 from lib.topology import PORT
 from lib.waits import wait_for
 
 _NGINX = """
-daemon off; master_process off; pid {scratch}/pid;
+daemon off; master_process off; pid {scratch}/pid; error_log stderr info;
 events {{}}
 http {{
   log_format seen '$proxy_protocol_addr:$proxy_protocol_port'
@@ -48,6 +50,7 @@ frontend application
   http-request return status 200 content-type text/plain string "haproxy"
 """
 
+_ENVOY_ADMIN_PORT = 9901
 _ENVOY_SEEN = (
     "%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%:%DOWNSTREAM_REMOTE_PORT%"
     " to %DOWNSTREAM_LOCAL_ADDRESS_WITHOUT_PORT%:%DOWNSTREAM_LOCAL_PORT%"
@@ -58,12 +61,70 @@ _ENVOY_SEEN = (
 class Server:
     """One that has PROXY headers in front of every connection, and says who came."""
 
-    def __init__(self, program: Program) -> None:
-        self._program = program
+    def __init__(self, name: str, program: Program, namespace: Namespace) -> None:
+        self._name, self._program, self._namespace = name, program, namespace
 
     def saw(self) -> str:
         """The last line of its log, once there is one: `client:port to destination:port …`."""
         return wait_for(self._program.said, "a line in its log")[-1]
+
+    def silent(self) -> int:
+        """Connections with a good header and nothing behind it, as health checks are.
+
+        Not each one is seen: Envoy does not look at a header that comes together with FIN.
+        """
+        match self._name:
+            case "nginx":
+                told = "client closed connection while waiting for request"
+                return sum(told in line for line in self._program.complained())
+            case "haproxy":
+                return sum(" to " in line for line in self._program.said())
+            case _:
+                found = {name: n for name, n in self._counts().items() if name.endswith("found")}
+                return sum(found.values())
+
+    def complaints(self) -> list[str]:
+        """What it says against the headers that came."""
+        match self._name:
+            case "nginx":
+                return [line for line in self._program.complained() if "PROXY protocol" in line]
+            case "haproxy":
+                return [line for line in self._program.said() if " to " not in line]
+            case _:
+                return [name for name in self._counts() if not name.endswith("found")]
+
+    def _counts(self) -> dict[str, int]:
+        """Envoy's counters of PROXY headers, those that are not zero."""
+        query = "GET /stats?usedonly&filter=prox HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+        with self._namespace.connect("127.0.0.1", _ENVOY_ADMIN_PORT) as sock:
+            sock.sendall(query.encode())
+            answer = b"".join(iter(lambda: sock.recv(65536), b"")).decode()
+        lines = [line.partition(": ") for line in answer.splitlines() if "proxy_proto" in line]
+        return {name: int(value) for name, _, value in lines}
+
+
+@contextlib.contextmanager
+def greeting(listener: socket.socket, word: bytes = b"ready") -> Iterator[list[str]]:
+    """An application that says one word to everybody, and no more: the hosts that came, so far."""
+    hosts: list[str] = []
+
+    def serve() -> None:
+        while True:
+            try:
+                sock, peer = listener.accept()
+            except OSError:  # not listening any more
+                return
+            hosts.append(peer[0])
+            with sock, contextlib.suppress(ConnectionError):  # a balancer that is gone
+                sock.sendall(word)
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    try:
+        yield hosts
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
 
 
 @contextlib.contextmanager
@@ -83,7 +144,7 @@ def serving(program: str, namespace: Namespace, port: int = PORT) -> Iterator[Se
                 return _envoy(port)
 
     with running(program, namespace, port, config) as process:
-        yield Server(process)
+        yield Server(program, process, namespace)
 
 
 def _envoy(port: int) -> str:
@@ -119,4 +180,6 @@ def _envoy(port: int) -> str:
         },
         http_filters=[typed("envoy.filters.http.router", "filters.http.router.v3.Router")],
     )
-    return json.dumps({"static_resources": {"listeners": [listener(port, http, reads_headers)]}})
+    resources = {"listeners": [listener(port, http, reads_headers)]}
+    admin = {"address": address("127.0.0.1", _ENVOY_ADMIN_PORT)}
+    return json.dumps({"static_resources": resources, "admin": admin})

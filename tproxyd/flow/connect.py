@@ -106,15 +106,11 @@ class Network(Protocol):
     def count_port_retry(self, cause: PortCause) -> None: ...
 
 
-def rotate(port: int) -> int:
-    """The source port for a client's port: a bijection of 1024..65535; one below maps into it."""
-    return _LOWEST + (port - _LOWEST + _SHIFT) % _PORTS
-
-
 def source_port(client_port: int, attempt: int, keep: bool = False) -> int:
     """The port to try, best first; 0 means that the kernel chooses.
 
-    With `keep` the first is the client's own. Otherwise that is never among them (shift and stride
+    The first is a bijection of 1024..65535; a port below that maps into it.
+    With `keep` the client's own is before it. Otherwise that is never among them (shift and stride
     see to that): on one host its tuple is the downstream socket itself.
     """
     if keep:

@@ -94,6 +94,8 @@ def plan_for(
         fallback = ""
         if (":" in client.host) != (":" in upstream.host):
             fallback = "family"
+        elif not here and client.host == upstream.host:
+            fallback = "hairpin"  # no host takes packets that come from outside as from itself
         elif not here and parse_ip(client.host).is_loopback:
             fallback = "loopback"  # which means nothing on another host, nor leaves this one
         if not fallback:

@@ -22,6 +22,8 @@ Facts (nft 1.0.6, Linux 6.18):
   both are in use each names the other's listeners, in the order of the configuration.
 - Connection tracking takes a connection up in its middle, as new, and nat would redirect it (an old
   connection then dies, by timeout). So nat is for SYNs.
+- A connection that is made here has passed nat at the hook output, and is not shown to the chain at
+  prerouting when it comes through lo: our own upstream connections need no bypass there.
 - A connection that nat has redirected needs it as long as it lives. Both must stay: a chain of nat,
   at whatever hook (with the last one its hooks go), and a rule that asks connection tracking (with
   the last one that goes, whatever chains are left). An empty chain of nat is not enough: within a
@@ -33,6 +35,7 @@ Pure.
 
 from __future__ import annotations
 
+from tproxyd.addr import PrefixSet, parse_prefix
 from tproxyd.config import Config, Intercept, Listener, ReturnPath, Scope, Via
 from tproxyd.kernel.firewall import (
     Action,
@@ -119,7 +122,7 @@ def _prerouting(
     home: bool,
 ) -> tuple[Rule, ...]:
     rules = _on_lo(config, mark, path)
-    takes = _listeners(local, Via.TPROXY)
+    takes = [*_ordinary(config), *own] if (own := _listeners(local, Via.TPROXY)) else []
     if local and path is ReturnPath.CONNTRACK:
         taken = Rule(
             (ConnMark(mark.value, mark.mask), Syn()),
@@ -264,7 +267,8 @@ def _nat_prerouting(config: Config, intercept: bool) -> tuple[Rule, ...]:
     if not intercept:
         return (KEPT,)
     forwarded = Rule((ForUs(negate=True),), Verdict.ACCEPT, "forwarded traffic goes its way")
-    return (LO, OTHER_PROTOCOLS, forwarded, NOT_NEW, *_listeners(local, Via.REDIRECT))
+    takes = (*_ordinary(config), *_listeners(local, Via.REDIRECT))
+    return (OTHER_PROTOCOLS, forwarded, NOT_NEW, *takes)
 
 
 def _nat_output(config: Config, intercept: bool) -> tuple[Rule, ...]:
@@ -293,6 +297,22 @@ def _nat_output(config: Config, intercept: bool) -> tuple[Rule, ...]:
 
 
 # Listeners ----------------------------------------------------------------------------------------
+
+
+def _ordinary(config: Config) -> list[Rule]:
+    """What is made to our ordinary listeners: taken, it would have our own port as destination."""
+    rules: list[Rule] = []
+    for listener in config.listeners:
+        if listener.intercepts:
+            continue
+        everywhere = listener.bind in ("*", "0.0.0.0", "::")
+        there = PrefixSet() if everywhere else PrefixSet([parse_prefix(listener.bind)])
+        ports = ((listener.port, listener.port),)
+        comment = f"connections to listener {listener.name} itself"
+        rules += selection(
+            Intercept(ports=ports, exclude_ports=(), destinations=there), Verdict.ACCEPT, comment
+        )
+    return rules
 
 
 def _listeners(listeners: list[Listener], via: Via) -> list[Rule]:

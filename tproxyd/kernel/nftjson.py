@@ -96,7 +96,7 @@ def _unknown(statements: list[object]) -> Unknown:
     return Unknown(f"rule {json.dumps(statements)}")
 
 
-# By number where there is no /etc/protocols; "icmpv6" is an alias there.
+# By number where there is no /etc/protocols; "icmpv6" where that is its name.
 _ICMP: dict[str | int, int] = {"icmp": 4, 1: 4, "ipv6-icmp": 6, "icmpv6": 6, 58: 6}
 
 

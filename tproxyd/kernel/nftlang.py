@@ -100,7 +100,7 @@ def _match(match: Match) -> str:
         case NotTcp():
             return "meta l4proto != tcp"
         case Icmp():
-            return "meta l4proto { icmp, ipv6-icmp }"
+            return "meta l4proto { icmp, icmpv6 }"  # keywords, whatever /etc/protocols says
         case SourceIn(family, prefixes):
             return f"{_IP[family]} saddr {_set(map(_address, prefixes.networks))}"
         case DestinationIn(family, prefixes, negate):

@@ -212,6 +212,8 @@ class Reconciler:
             state = State.DRIFT if report.installed else State.NOT_INSTALLED
             state = state if report.differs else State.OK
         self.verdict = Verdict(state, report.differs, report.return_path, time.monotonic())
+        if self._told is None and state is State.OK and not report.installed:
+            self._told = state  # there is none, and none is wanted
         if self._told != state:
             self._tell(self._told)
         return self.verdict

@@ -3,8 +3,8 @@
 The supervisor forks it and calls `run`. It gives up every privilege but CAP_NET_RAW (transparent
 sockets, foreign source addresses and the mark need that one, an ordinary proxy not even that), says
 `ready` on its control socket, and serves until it is told to drain or the control socket closes,
-which means that the supervisor is gone. It owns nothing that must outlive it: the listening sockets and the counters are the
-supervisor's.
+which means that the supervisor is gone. It owns nothing that must outlive it: the listening sockets
+and the counters are the supervisor's.
 """
 
 from __future__ import annotations
@@ -220,6 +220,8 @@ class Worker(Sockets, Counting):
             except BlockingIOError:
                 return False
             except OSError as error:
+                if error.errno == errno.EINVAL:
+                    return False  # it listens no more: somebody has shut it down
                 if error.errno not in _NO_FILES:
                     continue  # that one connection failed before it was ours (accept(2))
                 self._row[self._cells.accept_pauses] += 1

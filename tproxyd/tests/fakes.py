@@ -46,8 +46,9 @@ class FakeKernel:
         sysctls: tuple[int, int, int] = (0, 0, 0),
         writable: bool = True,
         lo_up: bool = True,
+        own: frozenset[str] = frozenset(),
     ) -> None:
-        self.ipv6, self.host_netns, self.lo_up = ipv6, host_netns, lo_up
+        self.ipv6, self.host_netns, self.lo_up, self.own = ipv6, host_netns, lo_up, own
         self.sysctls = dict(zip(MARK_SYSCTLS, sysctls, strict=True))
         self.writable = writable
         self.routes: list[Route | UnknownRoute] = []
@@ -77,6 +78,7 @@ class FakeKernel:
             set_before=frozenset(n for n, value in self.sysctls.items() if value) - self.remembers,
             sysctls_writable=self.writable,
             lo_up=self.lo_up,
+            own=self.own,
         )
 
     def read_routing(self) -> KernelState:

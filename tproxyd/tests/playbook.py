@@ -40,7 +40,7 @@ from tproxyd.errors import CloseReason, PeerError
 from tproxyd.flow import policy as policies
 from tproxyd.flow.announce import announcer
 from tproxyd.flow.balance import Cluster
-from tproxyd.flow.connect import rotate
+from tproxyd.flow.connect import source_port
 from tproxyd.flow.connection import Lane, serve
 from tproxyd.flow.policy import Plan
 from tproxyd.flow.proxyproto import encode_v2
@@ -52,6 +52,12 @@ from tproxyd.flow.tlv import Tlv
 from tproxyd.tests.tcpmodel import Outcome
 
 Result = TypeVar("Result")
+
+
+def rotate(port: int) -> int:
+    """The source port for a client's, when it is free."""
+    return source_port(port, 0)
+
 
 PEER = Endpoint("10.9.1.2", 40000)
 APP = Endpoint("10.9.1.1", 80)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tproxyd.addr import Client, Endpoint, Upstream
 from tproxyd.errors import UpstreamError
-from tproxyd.flow.connect import ATTEMPTS, Dialled, Sockets, dial, rotate, source_port
+from tproxyd.flow.connect import ATTEMPTS, Dialled, Sockets, dial, source_port
 from tproxyd.flow.policy import Plan
 from tproxyd.linux import (
     CAP_NET_RAW,
@@ -27,7 +27,7 @@ from tproxyd.linux import (
     TCP_SYN_RECV,
     capabilities,
 )
-from tproxyd.tests.playbook import APP, KERNEL_PORT, PEER, Passed, Playbook, dials, lines
+from tproxyd.tests.playbook import APP, KERNEL_PORT, PEER, Passed, Playbook, dials, lines, rotate
 
 TCP_ESTABLISHED, TCP_TIME_WAIT, TCP_CLOSE_WAIT = 1, 6, 8
 

@@ -15,7 +15,6 @@ from tproxyd.config import SendTlvs
 from tproxyd.configfile import LARGEST_HEADER
 from tproxyd.errors import CloseReason
 from tproxyd.flow.announce import Announcement
-from tproxyd.flow.connect import rotate
 from tproxyd.flow.proxyproto import V2_SIGNATURE, encode_v2
 from tproxyd.flow.tlv import Tlv
 from tproxyd.tests.playbook import (
@@ -34,6 +33,7 @@ from tproxyd.tests.playbook import (
     Passed,
     Playbook,
     dials,
+    rotate,
 )
 from tproxyd.tests.tcpmodel import Outcome
 

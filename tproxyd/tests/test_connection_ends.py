@@ -12,7 +12,6 @@ import pytest
 
 from tproxyd.addr import Endpoint
 from tproxyd.errors import CloseReason
-from tproxyd.flow.connect import rotate
 from tproxyd.tests.playbook import (
     APP,
     AS_FAR,
@@ -28,6 +27,7 @@ from tproxyd.tests.playbook import (
     Playbook,
     dials,
     lines,
+    rotate,
 )
 
 # Refusals -----------------------------------------------------------------------------------------

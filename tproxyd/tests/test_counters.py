@@ -20,7 +20,7 @@ from tproxyd.flow.tally import (
     Layout,
     bucket,
 )
-from tproxyd.proc.counters import Own, Page, exposition
+from tproxyd.proc.counters import Own, Page, UpstreamCounts, exposition
 
 CONFIG = Config(listeners=(Listener(), Listener(name="second", port=15007)))
 NOTHING = Own(workers=0, worker_restarts=0, kernel_drift=0)
@@ -105,6 +105,17 @@ def test_the_supervisors_own_metrics(page: Page) -> None:
     assert value(page, "tproxyd_worker_restarts_total", own) == 3
     assert value(page, "tproxyd_kernel_drift_total", own) == 4
     assert value(page, "tproxyd_build_info", own, version=__version__) == 1
+
+
+def test_upstreams_by_listener_and_state(page: Page) -> None:
+    own = NOTHING._replace(
+        upstreams=(UpstreamCounts("a", 2, 1, 7), UpstreamCounts("b", 0, 4, 0)),
+    )
+    assert value(page, "tproxyd_upstreams", own, listener="a", state="up") == 2
+    assert value(page, "tproxyd_upstreams", own, listener="a", state="down") == 1
+    assert value(page, "tproxyd_upstreams", own, listener="b", state="up") == 0
+    assert value(page, "tproxyd_resolve_failures_total", own, listener="a") == 7
+    assert value(page, "tproxyd_resolve_failures_total", own, listener="b") == 0
 
 
 def test_nothing_but_our_own_is_exported_and_every_cell_is(page: Page) -> None:

@@ -20,8 +20,17 @@ from hypothesis.stateful import (
     rule,
 )
 
-from tproxyd.addr import PrefixSet, parse_prefix
-from tproxyd.config import Config, Intercept, Listener, ReturnPath, Rules
+from tproxyd.addr import Endpoint, PrefixSet, parse_prefix
+from tproxyd.config import (
+    Config,
+    Intercept,
+    Listener,
+    ReturnPath,
+    Rules,
+    Scope,
+    SourceKind,
+    Via,
+)
 from tproxyd.errors import KernelError
 from tproxyd.kernel.desired import PRIORITY, desired
 from tproxyd.kernel.firewall import Unknown
@@ -41,9 +50,11 @@ from tproxyd.tests.fakes import Crash, FakeKernel, is_ours
 
 _intercepts = st.builds(
     Intercept,
+    scope=st.just(Scope.LOCAL),
+    via=st.sampled_from(Via),
     sources=st.sampled_from([PrefixSet(), PrefixSet([parse_prefix("10.0.0.0/8")])]),
     interfaces=st.sampled_from([(), ("eth0",), ("eth0", "veth*")]),
-)
+) | st.sampled_from([Intercept(Scope.FORWARD), Intercept(Scope.OUTBOUND, Via.REDIRECT)])
 configs = st.builds(
     Config,
     mark=st.sampled_from([0x539, 0x20]),
@@ -54,7 +65,10 @@ configs = st.builds(
             Listener,
             name=st.sampled_from(["inbound", "output"]),
             port=st.sampled_from([15006, 15001]),
+            bind=st.sampled_from(["", "*"]),
             intercept=_intercepts,
+            upstream=st.sampled_from([(), (Endpoint("10.0.0.5", 80),), (Endpoint("app", 80),)]),
+            source=st.sampled_from(SourceKind),
         ),
         min_size=1,
         max_size=2,

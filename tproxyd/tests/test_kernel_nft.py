@@ -10,7 +10,7 @@ import ctypes
 import json
 import socket
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -19,14 +19,17 @@ from tproxyd.addr import PrefixSet, parse_prefix
 from tproxyd.config import Config
 from tproxyd.configfile import parse as parse_config
 from tproxyd.errors import KernelError
-from tproxyd.kernel import nft
+from tproxyd.kernel import firewall, nft
 from tproxyd.kernel.desired import Facts, desired
 from tproxyd.kernel.firewall import (
     FULL_MASK,
     Chain,
     ConnMark,
     DestinationIn,
+    Divert,
+    Established,
     Firewall,
+    Icmp,
     InInterface,
     IpVersion,
     PacketMark,
@@ -85,6 +88,7 @@ DPORT = {"payload": {"protocol": "tcp", "field": "dport"}}
 FLAGS = {"payload": {"protocol": "tcp", "field": "flags"}}
 MARK = {"meta": {"key": "mark"}}
 CT_MARK = {"ct": {"key": "mark"}}
+WRITE = {"mangle": {"key": MARK, "value": 1}}
 
 
 def test_the_captured_listing_is_what_was_wanted() -> None:
@@ -92,13 +96,15 @@ def test_the_captured_listing_is_what_was_wanted() -> None:
 
 
 def test_the_listing_where_nft_knows_no_protocol_names() -> None:
-    """Without /etc/protocols (netbase), as in many containers, it has 6 for tcp: nothing else."""
+    """Without /etc/protocols (netbase), as in many containers, it has 6 for tcp, and so on."""
     text = json.dumps(captured())
-    named, numbered = (f'"l4proto"}}}}, "right": {tcp}}}' for tcp in ('"tcp"', "6"))
-    assert text.count(named) == 5
-    assert same(parse(json.loads(text.replace(named, numbered))), wanted())
-    another = json.loads(text.replace(named, numbered.replace("6", "17")))
-    assert not same(parse(another), wanted())
+    named = ['"l4proto"}}, "right": "tcp"}', '{"set": ["icmp", "ipv6-icmp"]}']
+    numbered = ['"l4proto"}}, "right": 6}', '{"set": [1, 58]}']
+    others = ['"l4proto"}}, "right": 17}', '{"set": [1, 59]}']
+    for one, two, three in zip(named, numbered, others, strict=True):
+        assert one in text
+        assert same(parse(json.loads(text.replace(one, two))), wanted())
+        assert not same(parse(json.loads(text.replace(one, three))), wanted())
 
 
 def test_the_order_in_which_nft_lists_chains_does_not_matter() -> None:
@@ -243,6 +249,26 @@ def test_a_mark_write_keeps_the_other_bits_in_either_spelling(keep: int) -> None
         assert read_rule(write) == Rule((), kind(0x539, 0xFFF))
 
 
+def test_marks_are_written_in_front_of_an_accept() -> None:
+    write = {"mangle": {"key": MARK, "value": {"|": [{"&": [MARK, 0xFFFF_F000]}, 0x539]}}}
+    mark = SetPacketMark(0x539, 0xFFF)
+    tproxy = {"tproxy": {"family": "ip6", "port": 1}}
+    assert read_rule(write, ACCEPT) == Rule((), Divert(mark))
+    assert read_rule(tproxy, write, ACCEPT) == Rule((), Tproxy(6, 1, mark))
+
+
+@pytest.mark.parametrize("op", ["in", "=="])
+def test_versions_differ_in_asking_for_a_state(op: str) -> None:
+    state = match({"ct": {"key": "state"}}, "established", op)
+    assert read_rule(state, ACCEPT) == Rule((Established(),), Verdict.ACCEPT)
+
+
+@pytest.mark.parametrize("right", [["icmpv6", "icmp"], ["icmp", "ipv6-icmp"], [58, 1]])
+def test_icmp_by_every_name(right: list[object]) -> None:
+    left = {"meta": {"key": "l4proto"}}
+    assert read_rule(match(left, {"set": right}), ACCEPT) == Rule((Icmp(),), Verdict.ACCEPT)
+
+
 def test_a_mark_write_of_all_ones_has_nothing_to_keep() -> None:
     for key, kind in ((MARK, SetPacketMark), (CT_MARK, SetConnMark)):
         write = {"mangle": {"key": key, "value": {"|": [key, 0xFFF]}}}
@@ -287,6 +313,24 @@ def test_marks_of_32_bits_have_no_mask() -> None:
         [{"reject": {"type": "icmp", "expr": "host-unreachable"}}],
         [{"tproxy": {"family": "ip", "port": 1, "addr": "127.0.0.1"}}, ACCEPT],
         [{"tproxy": {"family": "ip", "port": 1}}],
+        [{"tproxy": {"family": "ip", "port": 1}}, {"mangle": {"key": CT_MARK, "value": 1}}, ACCEPT],
+        [{"tproxy": {"family": "ip", "port": 1}}, WRITE, WRITE, ACCEPT],
+        [{"mangle": {"key": CT_MARK, "value": 1}}, ACCEPT],
+        [{"mangle": {"key": {"meta": {"key": "priority"}}, "value": 1}}],
+        [WRITE, {"drop": None}],
+        [{"redirect": None}],
+        [{"redirect": {"port": {"range": [1, 2]}}}],
+        [{"redirect": {"port": 1, "flags": "random"}}],
+        [{"masquerade": None}],
+        [match({"ct": {"key": "state"}}, ["established", "related"], "in"), ACCEPT],
+        [match({"ct": {"key": "state"}}, "new", "in"), ACCEPT],
+        [match({"meta": {"key": "l4proto"}}, {"set": ["icmp", "udp"]}), ACCEPT],
+        [match({"meta": {"key": "l4proto"}}, {"set": ["icmp", ["udp"]]}), ACCEPT],
+        [match({"meta": {"key": "l4proto"}}, "icmp"), ACCEPT],
+        [match({"meta": {"key": "skuid"}}, 1337), ACCEPT],
+        [match({"meta": {"key": "skuid"}}, "root", "!="), ACCEPT],
+        [match({"fib": {"result": "type", "flags": ["daddr"]}}, "unicast"), ACCEPT],
+        [match({"&": [FLAGS, ["fin", "syn", "rst"]]}, "syn", "!="), ACCEPT],
         [{"mangle": {"key": MARK, "value": {"^": [MARK, 1]}}}],
         [{"mangle": {"key": MARK, "value": {"|": [{"&": [CT_MARK, 0]}, 1]}}}],
         [ACCEPT, {"drop": None}],
@@ -297,6 +341,19 @@ def test_marks_of_32_bits_have_no_mask() -> None:
 )
 def test_what_is_not_in_the_algebra_is_unknown(statements: list[object]) -> None:
     assert isinstance(read_rule(*statements), Unknown)
+
+
+def test_the_sample_has_every_form() -> None:
+    """A match or an action that it lacks is one that no version of nft was seen to list."""
+    rules = [rule for chain in wanted() if isinstance(chain, Chain) for rule in chain.rules]
+    seen = {type(part) for rule in rules if isinstance(rule, Rule) for part in rule.matches}
+    assert seen == set(get_args(firewall.Match))
+    done = {type(rule.action) for rule in rules if isinstance(rule, Rule)}
+    assert done == set(get_args(firewall.Action))
+    negated = {repr(m) for r in rules if isinstance(r, Rule) for m in r.matches}
+    for name in ("Syn", "ForUs", "PortIn", "DestinationIn"):
+        for negate in (True, False):
+            assert any(m.startswith(name) and f"negate={negate}" in m for m in negated), name
 
 
 def test_the_script() -> None:

@@ -44,9 +44,10 @@ CHAIN = Chain("prerouting", Hook.PREROUTING, (Rule((InInterface(("lo",)),), Verd
 
 _families = st.sampled_from([4, 6])
 _numbers = st.sampled_from(NUMBERS)
-_routes = st.builds(Route, _families, st.sampled_from([133, 200]), _numbers) | st.builds(
-    UnknownRoute, _families, st.just("unreachable 10.0.0.0/8")
-)
+_destinations = st.sampled_from(["default", "::6/128"])
+_routes = st.builds(
+    Route, _families, st.sampled_from([133, 200]), _numbers, _destinations
+) | st.builds(UnknownRoute, _families, st.just("unreachable 10.0.0.0/8"))
 _rules = st.builds(
     PolicyRule,
     _families,

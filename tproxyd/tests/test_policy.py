@@ -169,6 +169,13 @@ def test_a_loopback_address_stays_on_its_host(client: str, dst: OriginalDst) -> 
     assert plan_for(who, Upstream(dst), listener, here=True).spoof
 
 
+def test_a_backend_that_is_the_client_sees_the_proxy() -> None:
+    """It would take its own address, coming from outside, for a forgery."""
+    listener, who = Listener(bind="*"), Client(Endpoint(DST.host, 40000))
+    assert plan_for(who, Upstream(DST), listener, here=False).fallback == "hairpin"
+    assert plan_for(who, Upstream(DST), listener, here=True).spoof
+
+
 @pytest.mark.parametrize(("dst", "own"), [(DST, "127.0.0.6"), (DST6, "::6")])
 def test_what_was_redirected_comes_from_istios_addresses(dst: OriginalDst, own: str) -> None:
     listener = Listener(intercept=REDIRECT, source=SourceKind.PROXY)

@@ -30,7 +30,6 @@ from tproxyd.addr import Endpoint, PrefixSet, parse_prefix
 from tproxyd.config import Config, HeaderPolicy, Listener, ProxyProtocol
 from tproxyd.errors import KernelError
 from tproxyd.flow import listen
-from tproxyd.flow.connect import rotate
 from tproxyd.flow.tally import (
     ACCEPT_PAUSES,
     ACTIVE,
@@ -44,6 +43,7 @@ from tproxyd.flow.tally import (
 from tproxyd.linux import CAP_NET_RAW, capabilities, reset_on_close
 from tproxyd.proc import child, worker
 from tproxyd.proc.counters import Page
+from tproxyd.tests.playbook import rotate
 
 pytestmark = pytest.mark.skipif(
     CAP_NET_RAW not in capabilities(), reason="transparent sockets need CAP_NET_RAW: run as root"
@@ -188,6 +188,15 @@ def knock(it: Running) -> None:
     """Connect for as long as somebody accepts."""
     while True:
         it.connect().close()
+
+
+def test_listening_sockets_that_were_shut_down() -> None:
+    """By the worker before this one on the slot: accept says EINVAL, for ever."""
+    with running(config()) as it:
+        it.ready()
+        for _, sock in it.listeners:
+            sock.shutdown(socket.SHUT_RD)
+        assert it.drain() == 0
 
 
 # A whole connection -------------------------------------------------------------------------------

@@ -1,0 +1,65 @@
+"""Why it does not work: one function per check, each with its remedy.
+
+Called by `tproxyd doctor`. It only reads, with one exception that is the point of it: it connects
+as a client that does not exist, from the documentation ranges 192.0.2.0/24 and 2001:db8::/32, the
+way that every upstream connection goes (trips.py). What it cannot try from here is the other half,
+a client's packet arriving from outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from tproxyd.config import Config
+from tproxyd.doctor import host, state, trips
+from tproxyd.doctor.check import Check, Patient, Verdict
+from tproxyd.errors import KernelError
+
+__all__ = ["Check", "Verdict", "run"]
+
+# In the order in which a packet would meet their subjects.
+_CHECKS: tuple[Callable[[Patient], Iterator[Check]], ...] = (
+    host.privileges,
+    host.kernel,
+    host.transparent_socket,
+    host.loopback,
+    host.ipv6,
+    host.sysctls,
+    host.forwarding,
+    state.clashes,
+    state.listeners,
+    state.rules,
+    trips.round_trip,
+    trips.names,
+    trips.backends,
+)
+
+
+def run(config: Config) -> list[Check]:
+    """Every check."""
+    patient = _examine(config)
+    return [check for ask in _CHECKS for check in ask(patient)]
+
+
+def _examine(config: Config) -> Patient:
+    from tproxyd.kernel import desired, reconcile  # only when asked
+    from tproxyd.kernel.state import KernelState
+
+    facts = reconcile.facts()
+    unreadable = ""
+    try:
+        report, clashes = reconcile.check(config), reconcile.clashes(config)
+    except KernelError as error:
+        report, clashes, unreadable = reconcile.Report(), (), str(error)
+    return Patient(
+        config=config,
+        installed=report.installed,
+        differs=report.differs,
+        clashes=clashes,
+        unreadable=unreadable,
+        return_path=desired.return_path(config, facts).path,
+        host_netns=facts.host_netns,
+        wants_state=desired.desired(config, facts=facts) != KernelState(),
+        dials_here=desired.dials_here(config, facts),
+        holds_elsewhere=desired.holds_elsewhere(config, facts),
+    )

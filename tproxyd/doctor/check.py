@@ -1,0 +1,54 @@
+"""What a check is given, what it answers, and how it looks at this machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from tproxyd.config import Config, ReturnPath
+
+_SYSCTL = Path("/proc/sys")
+
+
+class Verdict(StrEnum):
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "fail"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    name: str
+    verdict: Verdict
+    detail: str
+    remedy: str = ""  # what to do, where the verdict is not ok
+
+
+@dataclass(frozen=True, slots=True)
+class Patient:
+    """What several checks need to know, found out once."""
+
+    config: Config
+    installed: bool  # something of ours is in the kernel
+    differs: tuple[str, ...]  # how it differs from what the configuration wants
+    clashes: tuple[str, ...]  # what others have where we want to be
+    unreadable: str  # why the kernel state cannot be told; "" when it can
+    return_path: ReturnPath
+    host_netns: bool
+    wants_state: bool  # the configuration needs anything of the kernel at all
+    dials_here: bool  # upstreams on this host may see clients
+    holds_elsewhere: bool  # and those on others, or connections are forwarded
+
+
+def sysctl(name: str) -> str:
+    try:
+        return (_SYSCTL / name).read_text().strip()
+    except OSError:
+        return "absent"
+
+
+def interfaces() -> list[str]:
+    """Those that have settings of their own, without lo."""
+    found = (_SYSCTL / "net/ipv4/conf").iterdir()
+    return sorted({path.name for path in found} - {"all", "default", "lo"})

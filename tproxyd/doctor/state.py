@@ -1,0 +1,69 @@
+"""What the kernel holds for us, what others hold in our place, and whether anybody listens."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from tproxyd.doctor.check import Check, Patient, Verdict
+
+
+def clashes(patient: Patient) -> Iterator[Check]:
+    if patient.unreadable or not patient.wants_state:
+        return
+    if not patient.clashes:
+        mark, table = patient.config.mark, patient.config.table
+        yield Check("clashes", Verdict.OK, f"mark {mark:#x} and table {table} are ours alone")
+    for clash in patient.clashes:
+        remedy = "remove it, or give tproxyd another mark, table or listener port in its file"
+        yield Check("clashes", Verdict.FAIL, clash, remedy)
+
+
+def listeners(patient: Patient) -> Iterator[Check]:
+    for listener in patient.config.listeners:
+        name, port = f"listener {listener.name}", listener.port
+        if _someone_listens(port):
+            yield Check(name, Verdict.OK, f"something listens on {port}")
+        elif patient.installed and listener.intercepts:
+            yield Check(
+                name,
+                Verdict.FAIL,
+                f"nobody listens on {port}, but the rules stand: clients are refused",
+                "start the daemon (tproxyd run), or take the rules away (tproxyd clean)",
+            )
+        else:
+            run = "tproxyd run --install" if patient.wants_state else "tproxyd run"
+            yield Check(name, Verdict.WARN, f"nobody listens on {port}", f"start the daemon: {run}")
+
+
+def rules(patient: Patient) -> Iterator[Check]:
+    if patient.unreadable:
+        remedy = "run doctor as root"
+        yield Check("rules", Verdict.WARN, f"unknown: {patient.unreadable}", remedy)
+    elif not patient.wants_state and not patient.installed:
+        yield Check("rules", Verdict.OK, "none, and none are needed: nothing is intercepted")
+    elif not patient.installed:
+        serving = any(_someone_listens(each.port) for each in patient.config.listeners)
+        verdict = Verdict.FAIL if serving else Verdict.WARN
+        lacking = "so nothing is intercepted"
+        if not any(each.intercepts for each in patient.config.listeners):
+            lacking = "so upstreams that see the client can't answer us"
+        remedy = "tproxyd install, or run with --install"
+        yield Check("rules", verdict, f"none, {lacking}", remedy)
+    elif patient.differs:
+        for difference in patient.differs:
+            detail = f"not as configured; to do: {difference}"
+            yield Check("rules", Verdict.FAIL, detail, "tproxyd install does it")
+    else:
+        yield Check("rules", Verdict.OK, "rules, routes and sysctls are as configured")
+
+
+def _someone_listens(port: int) -> bool:
+    listening = re.compile(rf"^\s*\d+: [0-9A-F]+:{port:04X} [0-9A-F]+:0000 0A ", re.MULTILINE)
+    for table in ("tcp", "tcp6"):
+        with contextlib.suppress(OSError):
+            if listening.search(Path(f"/proc/net/{table}").read_text()):
+                return True
+    return False

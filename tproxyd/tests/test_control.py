@@ -1,0 +1,80 @@
+"""The control socket of a worker, when it reads and when it does not."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from tproxyd.proc import control
+from tproxyd.proc.control import Control
+
+PATIENCE_S = 10.0
+
+
+@pytest.fixture
+def line() -> Iterator[tuple[asyncio.AbstractEventLoop, Control, socket.socket, list[str]]]:
+    loop, heard = asyncio.new_event_loop(), list[str]()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    theirs.settimeout(PATIENCE_S)
+    control = Control(loop, ours, heard.append)
+    with theirs:
+        yield loop, control, theirs, heard
+        control.close()
+    loop.close()
+
+
+Line = tuple[asyncio.AbstractEventLoop, Control, socket.socket, list[str]]
+
+
+async def datagram(sock: socket.socket) -> str:
+    sock.setblocking(False)
+    async with asyncio.timeout(PATIENCE_S):
+        return (await asyncio.get_running_loop().sock_recv(sock, control.MAX_WORD)).decode()
+
+
+def test_a_worker_that_was_busy_gets_the_newest_picture_and_the_stop(line: Line) -> None:
+    loop, control, theirs, _ = line
+    for i in range(2000):
+        control.say(f"upstreams {i}")
+        if i == 1000:
+            control.say("drain")
+
+    async def words() -> list[str]:
+        got = [await datagram(theirs)]
+        while not {"upstreams 1999\n", "drain\n"} <= set(got):
+            got.append(await datagram(theirs))
+        control.say("cut")
+        return [*got, await datagram(theirs)]
+
+    got = loop.run_until_complete(words())
+    assert len(got) < 1000
+    assert sorted(got[-3:]) == ["cut\n", "drain\n", "upstreams 1999\n"]
+
+
+def test_the_longest_word_goes_through_and_a_longer_one_is_told(
+    line: Line, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, end, theirs, _ = line
+    longest = "x" * (control.MAX_WORD - 1)
+    end.say(longest)
+    assert theirs.recv(control.MAX_WORD).decode() == longest + "\n"
+    end.say("upstreams " + longest)
+    end.say("drain")
+    assert theirs.recv(100) == b"drain\n"
+    assert "a worker can't be told this, 204810 bytes: upstreams xxx" in caplog.text
+
+
+def test_what_a_worker_says_is_heard_up_to_its_end(line: Line) -> None:
+    loop, control, theirs, heard = line
+    theirs.send(b"ready\n")
+    theirs.send(b"failed: x\n")
+    control.read()
+    assert heard == ["ready\n", "failed: x\n"]
+    theirs.shutdown(socket.SHUT_RDWR)
+    control.say("drain")  # to nobody
+    control.read()
+    control.say("drain")
+    loop.run_until_complete(asyncio.sleep(0))
