@@ -233,9 +233,10 @@ def test_a_connection_to_the_listener_itself(net: Topology, family: Family) -> N
         assert daemon.wait_log()[0]["close_reason"] == "loop"
 
 
-def test_from_a_port_that_another_connection_shows(net: Topology, family: Family) -> None:
-    """A client with a NAT in front uses p while we show q for it, and q too: another is found."""
-    with Daemon(net.pod, redirect()) as daemon:
+@pytest.mark.parametrize("return_path", ["accept-mark", "conntrack"])
+def test_we_would_show_anothers_port(net: Topology, family: Family, return_path: str) -> None:
+    """A client with a NAT in front is at q already, which we show for p: another is found."""
+    with Daemon(net.pod, f'[rules]\nreturn_path = "{return_path}"\n' + redirect()) as daemon:
         net.app(family)
         first = Pair(net.connect(family, source_port=seen_port(40_000)), net.accept(family))
         second = Pair(net.connect(family, source_port=40_000), net.accept(family))

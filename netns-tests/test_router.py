@@ -159,8 +159,13 @@ def test_a_reset_is_passed_on(net: Topology, family: Family, who: str) -> None:
 
 
 def test_the_clients_own_port_again_and_again(net: Topology, family: Family) -> None:
-    """Of the last connection it is in TIME_WAIT here; a client's SYN with that port is taken."""
+    """Of the last connection it is in TIME_WAIT here; a client's SYN from it is taken again.
+
+    Handed to what is left of the old connection, it would be passed to who listens at the port
+    here, whoever that is.
+    """
     server = serve(net, family)
+    net.app(family)
     with Daemon(net.pod, router(source="client-port")) as daemon:
         for _ in range(3):
             pair = through(net, family, server, source_port=40_000)
@@ -169,6 +174,7 @@ def test_the_clients_own_port_again_and_again(net: Topology, family: Family) -> 
             assert pair.client.recv(1) == b""
             pair.client.close()
         records = daemon.wait_log(3)
+        assert net.app_saw_nothing(family)
     assert {record["downstream_remote_address"] for record in records} == {
         quoted(family.client, 40_000)
     }

@@ -22,7 +22,7 @@ from functools import cached_property
 from types import TracebackType
 from typing import NamedTuple
 
-from lib.netns import Namespace
+from lib.netns import SOCKET_TIMEOUT_S, Namespace
 
 PORT = 80  # of the application
 
@@ -133,7 +133,9 @@ class Topology:
         )
 
     def keep(self, sock: socket.socket) -> socket.socket:
-        """`sock`, closed when the topology goes."""
+        """`sock`, closed when the topology goes; accepted ones come without a time limit."""
+        if sock.gettimeout() is None:
+            sock.settimeout(SOCKET_TIMEOUT_S)
         return self._exit.enter_context(contextlib.closing(sock))
 
     @cached_property
