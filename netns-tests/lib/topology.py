@@ -119,13 +119,14 @@ class Topology:
     ) -> None:
         """A veth pair between them, with addresses, and the hub as the leaf's default router.
 
-        : duplicate address detection would keep the IPv6 addresses unusable for a second.
+        nodad: even switched off by sysctl, duplicate address detection leaves an IPv6 address
+        tentative until a kernel worker has run (addrconf_dad_begin), and bind() refuses it.
         """
         leaf.ip(f"link add {a} type veth peer name {b} netns {hub.name}")
-        hub.ip(f"addr add {b4}/24 dev {b}", f"addr add {b6}/64 dev {b}", f"link set {b} up")
+        hub.ip(f"addr add {b4}/24 dev {b}", f"addr add {b6}/64 dev {b} nodad", f"link set {b} up")
         leaf.ip(
             f"addr add {a4}/24 dev {a}",
-            f"addr add {a6}/64 dev {a}",
+            f"addr add {a6}/64 dev {a} nodad",
             f"link set {a} up",
             f"route add default via {b4}",
             f"route add default via {b6}",
