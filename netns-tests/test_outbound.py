@@ -116,7 +116,10 @@ def test_the_proxy_does_not_catch_itself(net: Topology, family: Family, source: 
 
 @pytest.mark.parametrize("source", ["client", "proxy"])
 def test_nor_its_gateway(net: Topology, family: Family, source: str) -> None:
-    """What an ordinary listener of the same daemon connects is its own too, and so are checks."""
+    """What an ordinary listener of the same daemon connects is its own too, and so are checks.
+
+    Its clients come to it, though a sidecar's listener takes every port.
+    """
     gateway = f"""[[listener]]
 name = "web"
 bind = "*"
@@ -126,7 +129,7 @@ source = "{source}"
 health_check = {{ interval_s = 0.1 }}
 """
     server = serve(net, family)
-    with Daemon(net.pod, gateway + outbound()) as daemon:
+    with Daemon(net.pod, gateway + outbound() + "[[listener]]\n") as daemon:
         with server.accept()[0] as check:
             assert check.recv(1) == b""
         client = net.connect(family, 8000)

@@ -119,8 +119,8 @@ class Topology:
     ) -> None:
         """A veth pair between them, with addresses, and the hub as the leaf's default router.
 
-        nodad: else an IPv6 address is tentative until some work of the kernel's own has run, even
-        where accept_dad is 0, and a client that connects before is given its link-local one.
+        nodad: else an IPv6 address is tentative until a kernel worker has run (addrconf_dad_begin),
+        even where accept_dad is 0; bind() refuses it till then, and connect() takes another one.
         """
         leaf.ip(f"link add {a} type veth peer name {b} netns {hub.name}")
         hub.ip(f"addr add {b4}/24 dev {b}", f"addr add {b6}/64 dev {b} nodad", f"link set {b} up")
