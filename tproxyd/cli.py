@@ -1,6 +1,6 @@
 """The command line: verbs change state, nouns only read.
 
-    run install clean        rules check doctor status
+    run exec install clean        rules check doctor status
 
 Exit codes, given in one place (`main`): 0 fine; 1 a problem found; 2 usage or configuration; 3 the
 kernel refused. An expected failure is one sentence on stderr, "can't <do>: <why>; <what to try>",
@@ -17,12 +17,16 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from tproxyd import __version__
 from tproxyd.addr import Endpoint
 from tproxyd.config import Backend, Config
 from tproxyd.configfile import parse
 from tproxyd.errors import ConfigError, KernelError, Problem, TproxydError
+
+if TYPE_CHECKING:
+    from tproxyd.proc.run_command import User
 
 DEFAULT_FILE = "/etc/tproxyd/tproxyd.toml"
 
@@ -90,6 +94,14 @@ def _arguments() -> argparse.ArgumentParser:
         action="store_true",
         help="make the kernel state once the workers accept, and remove it at the end",
     )
+    beside = command(exec, "serve, and run a program beside it, with whose exit code it ends")
+    beside.add_argument(
+        "--user",
+        metavar="USER[:GROUP]",
+        type=_user,
+        help="names or numbers: whom CMD runs as; by default as tproxyd, without a capability",
+    )
+    beside.add_argument("argv", nargs="+", metavar="-- CMD", help="it starts when the rules stand")
     command(install, "make the kernel state: rules, routes, firewall")
     command(clean, "remove all kernel state of tproxyd, whatever configuration made it")
     command(rules, "print what install would make").add_argument(
@@ -101,6 +113,15 @@ def _arguments() -> argparse.ArgumentParser:
     command(doctor, "find out why it does not work").add_argument("--json", action="store_true")
     command(status, "show the running daemon").add_argument("--json", action="store_true")
     return parser
+
+
+def _user(text: str) -> User:
+    from tproxyd.proc.run_command import user
+
+    try:
+        return user(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 # Verbs -------------------------------------------------------------------------------------------
@@ -115,6 +136,23 @@ def run(args: argparse.Namespace) -> int:
 
     supervisor.serve(config, install=args.install)
     return FINE
+
+
+def exec(args: argparse.Namespace) -> int:
+    config = read_config(args.config)
+    from tproxyd.proc import startup
+
+    startup.do_without_openssl()
+    from tproxyd.proc import supervisor
+    from tproxyd.proc.run_command import Command
+
+    command = Command(args.argv, args.user)
+    try:
+        command.check()
+        supervisor.serve(config, install=True, command=command)
+    except KernelError as error:
+        return _failed(error, command.code if command.started else REFUSED)
+    return command.code
 
 
 def install(args: argparse.Namespace) -> int:
