@@ -1,4 +1,4 @@
-"""tproxyd exec: an application that is started behind its proxy, and takes it along when it ends."""
+"""tproxyd exec: an application that starts behind its proxy, and takes it along when it ends."""
 
 from __future__ import annotations
 

@@ -116,7 +116,8 @@ def _hint(error: OSError, listener: Listener, config: Config) -> str:
         low = " and CAP_NET_BIND_SERVICE" if listener.port < 1024 else ""
         return (
             f"a transparent socket needs CAP_NET_RAW{low}: run as root, with "
-            f"AmbientCapabilities=, or in a container with --cap-add (SO_MARK by CAP_NET_RAW alone needs Linux 5.17)"
+            "AmbientCapabilities=, or in a container with --cap-add"
+            " (SO_MARK by CAP_NET_RAW alone needs Linux 5.17)"
         )
     if error.errno == errno.EACCES:
         return (
