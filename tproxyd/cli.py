@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from tproxyd import __version__
+from tproxyd import __version__, environment
 from tproxyd.addr import Endpoint
 from tproxyd.config import Backend, Config
 from tproxyd.configfile import parse
@@ -85,7 +85,8 @@ def _arguments() -> argparse.ArgumentParser:
             "-c",
             "--config",
             metavar="FILE",
-            help=f"the configuration; by default {DEFAULT_FILE}, or the built-in defaults",
+            help=f"the configuration; by default ${environment.FILE}, {DEFAULT_FILE}, or the"
+            " built-in defaults",
         )
         return each
 
@@ -194,7 +195,8 @@ def check(args: argparse.Namespace) -> int:
     config = read_config(args.config)
     listeners = [f"{each.name} on port {each.port}" for each in config.listeners]
     plural = "s" if len(listeners) > 1 else ""
-    origin = args.config or (DEFAULT_FILE if os.path.exists(DEFAULT_FILE) else "built-in defaults")
+    origin = args.config or os.environ.get(environment.FILE)
+    origin = origin or (DEFAULT_FILE if os.path.exists(DEFAULT_FILE) else "built-in defaults")
     print(f"{origin}: fine: {len(listeners)} listener{plural}: {', '.join(listeners)}")
     return FINE
 
@@ -234,15 +236,18 @@ def read_config(path: str | None) -> Config:
     """The Config in the file that was asked for, or in the default one, or the defaults.
 
     A file that was named must be there; the default one may be absent, which is said. One that is
-    there and can't be read is an error in both cases: it could hold a trust list.
+    there and can't be read is an error in both cases: it could hold a trust list. TPROXYD_…
+    variables are laid over each of them.
     """
+    variables = environment.ours(os.environ)
+    path = path or os.environ.get(environment.FILE) or None
     try:
         with open(path or DEFAULT_FILE, encoding="utf-8") as file:
             text = file.read()
     except FileNotFoundError:
         if path is None:
             print(f"tproxyd: no {DEFAULT_FILE}: using the built-in defaults", file=sys.stderr)
-            return Config()
+            return parse("", "of the environment", variables)
         raise ConfigError(path, (Problem("", "there is no such file"),)) from None
     except OSError as error:
         why = f"can't be read: {error.strerror}"
@@ -250,7 +255,7 @@ def read_config(path: str | None) -> Config:
     except UnicodeDecodeError as error:
         why = f"not UTF-8, which TOML is: byte {error.start}"
         raise ConfigError(path or DEFAULT_FILE, (Problem("", why),)) from None
-    return parse(text, path or DEFAULT_FILE)
+    return parse(text, path or DEFAULT_FILE, variables)
 
 
 def _ask_daemon(where: Endpoint | None, path: str) -> str:
