@@ -7,9 +7,10 @@ import signal
 from collections.abc import Iterator
 
 import pytest
-from lib.daemon import tproxyd
+import yaml
+from lib.daemon import ROOT, tproxyd
 from lib.image import NET, Container, Image, image
-from lib.streams import assert_talks
+from lib.streams import assert_talks, receive_to_end
 from lib.topology import V4, Family, Topology
 from lib.waits import wait_for
 
@@ -62,6 +63,62 @@ def test_variables_say_whom_to_believe(built: Image, net: Topology) -> None:
         assert net.accept().getpeername()[0] == V4.stranger
 
 
+def probed(net: Topology) -> int:
+    """What the kubelet's HTTP probe gets at the pod's address; 0 while nobody listens."""
+    try:
+        with net.client.connect(V4.pod, 9133) as node:
+            node.sendall(b"GET /readyz HTTP/1.1\r\nHost: pod\r\nConnection: close\r\n\r\n")
+            return int(receive_to_end(node).split()[1])
+    except ConnectionRefusedError:
+        return 0
+
+
+def from_manifest(component: str, kind: str, built: Image, net: Topology) -> Container:
+    """The container as it stands in scripts/kubernetes."""
+    patch = yaml.safe_load((ROOT / "scripts/kubernetes" / component / "patch.yaml").read_text())
+    [said] = patch["spec"]["template"]["spec"][kind]
+    return Container(
+        built,
+        net.pod,
+        argv=tuple(said["args"]),
+        capabilities=tuple(said["securityContext"]["capabilities"]["add"]),
+        uid=said["securityContext"]["runAsUser"],
+        environment={each["name"]: each["value"] for each in said["env"]},
+    )
+
+
+def test_the_native_sidecar(built: Image, net: Topology) -> None:
+    """Its startup probe succeeds when the application may start, and the proxy never sees it."""
+    before = net.pod.dump()
+    with from_manifest("sidecar", "initContainers", built, net) as container:
+        wait_for(lambda: probed(net) == 200, "the startup probe")
+        pair = net.pair()
+        assert pair.app.getpeername()[0] == V4.client
+        assert probed(net) == 200
+        pair.client.close()
+        pair.app.close()
+        container.signal(signal.SIGTERM)
+        assert container.wait() == 0
+        assert len(container.stdout.splitlines()) == 1  # the pair; no probe is in the access log
+    assert net.pod.dump() == before
+
+
+def test_init_container_and_sidecar(built: Image, net: Topology) -> None:
+    """install with NET_ADMIN alone and an end; then run beside the rules with NET_RAW alone."""
+    before = net.pod.dump()
+    with from_manifest("pair", "initContainers", built, net) as container:
+        assert container.wait() == 0
+    with pytest.raises(ConnectionRefusedError):  # nothing goes around the proxy
+        net.pair()
+    with from_manifest("pair", "containers", built, net):
+        wait_for(lambda: probed(net) == 200, "the startup probe")
+        pair = net.pair()
+        assert pair.app.getpeername()[0] == V4.client
+        assert_talks(pair)
+    assert tproxyd(net.pod, "clean").returncode == 0
+    assert net.pod.dump() == before
+
+
 @pytest.mark.parametrize("missing", [*NET, ""])
 def test_the_capability_that_is_missing_is_named(built: Image, net: Topology, missing: str) -> None:
     before = net.pod.dump()
@@ -71,20 +128,6 @@ def test_the_capability_that_is_missing_is_named(built: Image, net: Topology, mi
         named = set(re.findall(r"CAP_(\w+)", container.stderr))
         assert named == {missing or "NET_RAW"}
         assert "Traceback" not in container.stderr
-    assert net.pod.dump() == before
-
-
-def test_as_an_init_container(built: Image, net: Topology) -> None:
-    """install with NET_ADMIN alone and an end; then run beside the rules with NET_RAW alone."""
-    before = net.pod.dump()
-    with Container(built, net.pod, argv=("install",), capabilities=("NET_ADMIN",)) as container:
-        assert container.wait() == 0
-    with Container(built, net.pod, argv=("run",), capabilities=("NET_RAW",)) as container:
-        container.wait_ready()
-        pair = net.pair()
-        assert pair.app.getpeername()[0] == V4.client
-        assert_talks(pair)
-    assert tproxyd(net.pod, "clean").returncode == 0
     assert net.pod.dump() == before
 
 
