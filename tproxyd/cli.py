@@ -1,6 +1,6 @@
 """The command line: verbs change state, nouns only read.
 
-    run install clean        rules check doctor status
+    run exec install clean        rules check doctor status
 
 Exit codes, given in one place (`main`): 0 fine; 1 a problem found; 2 usage or configuration; 3 the
 kernel refused. An expected failure is one sentence on stderr, "can't <do>: <why>; <what to try>",
@@ -17,12 +17,16 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from tproxyd import __version__
+from tproxyd import __version__, environment
 from tproxyd.addr import Endpoint
 from tproxyd.config import Backend, Config
 from tproxyd.configfile import parse
 from tproxyd.errors import ConfigError, KernelError, Problem, TproxydError
+
+if TYPE_CHECKING:
+    from tproxyd.proc.run_command import User
 
 DEFAULT_FILE = "/etc/tproxyd/tproxyd.toml"
 
@@ -81,7 +85,8 @@ def _arguments() -> argparse.ArgumentParser:
             "-c",
             "--config",
             metavar="FILE",
-            help=f"the configuration; by default {DEFAULT_FILE}, or the built-in defaults",
+            help=f"the configuration; by default ${environment.FILE}, {DEFAULT_FILE}, or the"
+            " built-in defaults",
         )
         return each
 
@@ -90,6 +95,14 @@ def _arguments() -> argparse.ArgumentParser:
         action="store_true",
         help="make the kernel state once the workers accept, and remove it at the end",
     )
+    beside = command(exec, "serve, and run a program beside it, with whose exit code it ends")
+    beside.add_argument(
+        "--user",
+        metavar="USER[:GROUP]",
+        type=_user,
+        help="names or numbers: whom CMD runs as; by default as tproxyd, without a capability",
+    )
+    beside.add_argument("argv", nargs="+", metavar="-- CMD", help="it starts when the rules stand")
     command(install, "make the kernel state: rules, routes, firewall")
     command(clean, "remove all kernel state of tproxyd, whatever configuration made it")
     command(rules, "print what install would make").add_argument(
@@ -101,6 +114,15 @@ def _arguments() -> argparse.ArgumentParser:
     command(doctor, "find out why it does not work").add_argument("--json", action="store_true")
     command(status, "show the running daemon").add_argument("--json", action="store_true")
     return parser
+
+
+def _user(text: str) -> User:
+    from tproxyd.proc.run_command import user
+
+    try:
+        return user(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 # Verbs -------------------------------------------------------------------------------------------
@@ -115,6 +137,23 @@ def run(args: argparse.Namespace) -> int:
 
     supervisor.serve(config, install=args.install)
     return FINE
+
+
+def exec(args: argparse.Namespace) -> int:
+    config = read_config(args.config)
+    from tproxyd.proc import startup
+
+    startup.do_without_openssl()
+    from tproxyd.proc import supervisor
+    from tproxyd.proc.run_command import Command
+
+    command = Command(args.argv, args.user)
+    try:
+        command.check()
+        supervisor.serve(config, install=True, command=command)
+    except KernelError as error:
+        return _failed(error, command.code if command.started else REFUSED)
+    return command.code
 
 
 def install(args: argparse.Namespace) -> int:
@@ -156,7 +195,8 @@ def check(args: argparse.Namespace) -> int:
     config = read_config(args.config)
     listeners = [f"{each.name} on port {each.port}" for each in config.listeners]
     plural = "s" if len(listeners) > 1 else ""
-    origin = args.config or (DEFAULT_FILE if os.path.exists(DEFAULT_FILE) else "built-in defaults")
+    origin = args.config or os.environ.get(environment.FILE)
+    origin = origin or (DEFAULT_FILE if os.path.exists(DEFAULT_FILE) else "built-in defaults")
     print(f"{origin}: fine: {len(listeners)} listener{plural}: {', '.join(listeners)}")
     return FINE
 
@@ -196,15 +236,18 @@ def read_config(path: str | None) -> Config:
     """The Config in the file that was asked for, or in the default one, or the defaults.
 
     A file that was named must be there; the default one may be absent, which is said. One that is
-    there and can't be read is an error in both cases: it could hold a trust list.
+    there and can't be read is an error in both cases: it could hold a trust list. TPROXYD_…
+    variables are laid over each of them.
     """
+    variables = environment.ours(os.environ)
+    path = path or os.environ.get(environment.FILE) or None
     try:
         with open(path or DEFAULT_FILE, encoding="utf-8") as file:
             text = file.read()
     except FileNotFoundError:
         if path is None:
             print(f"tproxyd: no {DEFAULT_FILE}: using the built-in defaults", file=sys.stderr)
-            return Config()
+            return parse("", "of the environment", variables)
         raise ConfigError(path, (Problem("", "there is no such file"),)) from None
     except OSError as error:
         why = f"can't be read: {error.strerror}"
@@ -212,7 +255,7 @@ def read_config(path: str | None) -> Config:
     except UnicodeDecodeError as error:
         why = f"not UTF-8, which TOML is: byte {error.start}"
         raise ConfigError(path or DEFAULT_FILE, (Problem("", why),)) from None
-    return parse(text, path or DEFAULT_FILE)
+    return parse(text, path or DEFAULT_FILE, variables)
 
 
 def _ask_daemon(where: Endpoint | None, path: str) -> str:

@@ -1,4 +1,4 @@
-"""A configuration file: TOML text -> frozen Config, or every problem at once.
+"""A configuration: TOML text, and variables over it -> frozen Config, or every problem at once.
 
 Reading is two-staged. reader.Table pulls typed values out of the parsed TOML and writes down each
 thing that is wrong with its path; it never stops at the first. What only makes sense across values
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Mapping
+from types import MappingProxyType
 
 from tproxyd.addr import Endpoint, PrefixSet, is_unix, parse_endpoint, parse_ip
 from tproxyd.config import (
@@ -28,9 +30,11 @@ from tproxyd.config import (
     SourceKind,
     Via,
 )
+from tproxyd.environment import Overrides
 from tproxyd.errors import ConfigError, Problem
 from tproxyd.reader import Table
 
+NO_VARIABLES: Mapping[str, str] = MappingProxyType({})
 # The longest v2 header that the format can express: 16 fixed bytes and a 16-bit length.
 LARGEST_HEADER = 16 + 0xFFFF
 # The longest v1 header, without TLVs, is 107 bytes; a v2 one over TCP6 is 16 + 36. A cap below
@@ -45,8 +49,8 @@ LONGEST_OWN_VALUE = 1024
 LONGEST_OWN = 8192
 
 
-def parse(text: str, origin: str) -> Config:
-    """The Config that TOML `text` describes.
+def parse(text: str, origin: str, variables: Mapping[str, str] = NO_VARIABLES) -> Config:
+    """The Config that TOML `text` describes, with what environment variables say in its stead.
 
     Raises ConfigError with every problem found; `origin` is the file's name in the message.
     """
@@ -55,10 +59,12 @@ def parse(text: str, origin: str) -> Config:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(origin, (Problem("", f"not TOML: {error}"),)) from None
     problems: list[Problem] = []
+    overrides = Overrides(variables)
+    overrides.lay_over(data, problems)
     config = _config(Table("", data, problems))
     _cross_checks(config, problems)
     if problems:
-        raise ConfigError(origin, tuple(problems))
+        raise ConfigError(origin, tuple(map(overrides.rename, problems)))
     return config
 
 

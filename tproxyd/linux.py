@@ -12,6 +12,7 @@ import fcntl
 import os
 import socket
 import struct
+from collections.abc import Sequence
 from typing import Protocol
 
 from tproxyd.addr import Endpoint
@@ -39,9 +40,13 @@ TCP_LISTEN = 10
 TCP_SYN_RECV = 3
 TCP_NEW_SYN_RECV = 12
 # include/uapi/linux/capability.h
+CAP_SETGID = 6
+CAP_SETUID = 7
 CAP_NET_ADMIN = 12
 CAP_NET_RAW = 13
 CAPABILITY_NAMES = {
+    CAP_SETGID: "CAP_SETGID",
+    CAP_SETUID: "CAP_SETUID",
     CAP_NET_ADMIN: "CAP_NET_ADMIN",
     CAP_NET_RAW: "CAP_NET_RAW",
 }
@@ -85,10 +90,10 @@ def keep_only(wanted: frozenset[int]) -> None:
     _check(_libc.capset(header, data), "capset")
 
 
-def become(uid: int, gid: int) -> None:
+def become(uid: int, gid: int, groups: Sequence[int] = ()) -> None:
     """Change to another user, keeping the permitted capabilities (`keep_only` comes next)."""
     _check(_libc.prctl(_PR_SET_KEEPCAPS, 1, 0, 0, 0), "prctl(KEEPCAPS)")
-    os.setgroups([])
+    os.setgroups(groups)
     os.setresgid(gid, gid, gid)
     os.setresuid(uid, uid, uid)
 

@@ -56,7 +56,7 @@ class Daemon:
     """`with Daemon(pod, config) as daemon:`, from READY until it is gone.
 
     `install=False` leaves the kernel alone, `nofile` is its limit of open files, `prefix` a command
-    that starts it (unshare …), `ready=False` does not wait.
+    that starts it (unshare …), `ready=False` does not wait; with `command` it is `tproxyd exec`.
     """
 
     def __init__(
@@ -68,10 +68,11 @@ class Daemon:
         nofile: int | None = None,
         prefix: tuple[str, ...] = (),
         ready: bool = True,
+        command: tuple[str, ...] = (),
     ) -> None:
         self.namespace = namespace
         self.config, self.install, self.nofile, self.prefix = config, install, nofile, prefix
-        self.wait_ready = ready
+        self.wait_ready, self.command = ready, command
         # Not pytest's tmp_path: a unix socket's path has 107 bytes, test names are long.
         self.scratch = Path(tempfile.mkdtemp(prefix="tproxyd-"))
         self.notified: list[str] = []
@@ -92,7 +93,9 @@ class Daemon:
         self.notify.bind(str(self.scratch / "notify"))
         config = self.scratch / "tproxyd.toml"
         config.write_text(self.config)
-        argv = [*self.prefix, *TPROXYD, "run", *["--install"] * self.install, "-c", str(config)]
+        verb = ["exec"] if self.command else ["run", *["--install"] * self.install]
+        command = ["--", *self.command] if self.command else []
+        argv = [*self.prefix, *TPROXYD, *verb, "-c", str(config), *command]
         with (self.scratch / "out").open("wb") as out, (self.scratch / "err").open("wb") as err:
             self.process = subprocess.Popen(
                 self.namespace.argv(*argv),
@@ -161,7 +164,7 @@ class Daemon:
     @property
     def pid(self) -> int:
         """Of the supervisor, seen from here."""
-        if self.prefix:  # `unshare --fork` stays and waits for it
+        if "--fork" in self.prefix:  # unshare stays and waits for it
             return wait_for(lambda: children(self.process.pid), "the daemon's process")[0]
         return self.process.pid
 

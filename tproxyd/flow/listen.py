@@ -115,8 +115,9 @@ def _hint(error: OSError, listener: Listener, config: Config) -> str:
     if error.errno in (errno.EPERM, errno.EACCES) and config.transparent:
         low = " and CAP_NET_BIND_SERVICE" if listener.port < 1024 else ""
         return (
-            f"a transparent socket needs CAP_NET_RAW{low}: run as root, or with "
-            f"AmbientCapabilities= (SO_MARK by CAP_NET_RAW alone needs Linux 5.17)"
+            f"a transparent socket needs CAP_NET_RAW{low}: run as root, with "
+            "AmbientCapabilities=, or in a container with --cap-add"
+            " (SO_MARK by CAP_NET_RAW alone needs Linux 5.17)"
         )
     if error.errno == errno.EACCES:
         return (

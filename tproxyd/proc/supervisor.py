@@ -43,6 +43,7 @@ from tproxyd.proc.startup import age_ms, log_to_stderr, open_access_log, raise_f
 from tproxyd.proc.upstreams import FIRST_S, Upstreams
 
 if TYPE_CHECKING:
+    from tproxyd.proc.run_command import Command
     from tproxyd.proc.worker import WorkerSpec
 
 log = logging.getLogger("tproxyd")
@@ -101,8 +102,10 @@ class Supervisor:
         install: bool,
         worker: Callable[[WorkerSpec], None],
         open_listeners: Callable[[Config], Listeners],
+        command: Command | None = None,
     ) -> None:
         self._config, self._install, self._kernel = config, install, kernel
+        self._command = command
         self._worker, self._open_listeners = worker, open_listeners
         self._upstreams = Upstreams(config, self._tell_workers)
         self._slots: list[Slot] = []
@@ -124,8 +127,9 @@ class Supervisor:
     async def _main(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._started: asyncio.Future[None] = self._loop.create_future()
-        for number in _STOP:
-            self._loop.add_signal_handler(number, self._on_stop)
+        signals = _STOP if self._command is None else self._command.signals
+        for number in signals:
+            self._loop.add_signal_handler(number, self._on_signal, number)
         self._loop.add_signal_handler(signal.SIGCHLD, self._reap)
         self._reap()  # the reconciler may have ended before there was a handler
         try:
@@ -134,9 +138,9 @@ class Supervisor:
         finally:
             await self._end()
             # A signal that came while the loop closes would be written to a closed wake-up socket.
-            for number in (*_STOP, signal.SIGCHLD):
+            for number in (*signals, signal.SIGCHLD):
                 self._loop.remove_signal_handler(number)
-            for number in _STOP:
+            for number in signals:
                 signal.signal(number, signal.SIG_IGN)
 
     # Start --------------------------------------------------------------------------------------
@@ -179,6 +183,8 @@ class Supervisor:
         self._tasks.append(self._loop.create_task(self._watch_kernel()))
         if (interval := systemd.watchdog_interval()) is not None:
             self._tasks.append(self._loop.create_task(_feed_watchdog(interval)))
+        if self._command is not None and not self._stop.is_set():
+            self._command.start()
 
     def _describe(self) -> None:
         workers = f"{len(self._slots)} worker{'s' if len(self._slots) > 1 else ''}"
@@ -256,6 +262,9 @@ class Supervisor:
                 slot = next((each for each in self._slots if each.pid == pid), None)
                 if slot is not None:
                     self._worker_ended(slot, code)
+                elif self._command is not None and self._command.reaped(pid, code):
+                    log.info("%s %s: stopping", self._command, _ending_of(code))
+                    self._stop.set()
                 elif self._kernel.reaped(pid) and not self._ending:
                     log.error("the process that holds the kernel state %s", _ending_of(code))
                 else:
@@ -305,7 +314,9 @@ class Supervisor:
 
     # Stop ---------------------------------------------------------------------------------------
 
-    def _on_stop(self) -> None:
+    def _on_signal(self, number: int) -> None:
+        if self._command is not None and self._command.takes(number):
+            return
         if self._stop.is_set():
             self._hurry.set()
             return
@@ -438,12 +449,13 @@ async def _first_of(seconds: float, *events: asyncio.Event) -> None:
 
 def _ending_of(code: int) -> str:
     if code < 0:
-        return f"was killed by {signal.Signals(-code).name}"
+        names = {each.value: each.name for each in signal.Signals}
+        return f"was killed by {names.get(-code, f'signal {-code}')}"  # real-time ones have none
     return f"ended with exit status {code}"
 
 
-def serve(config: Config, *, install: bool) -> None:
-    """`tproxyd run`: returns when stopped by a signal."""
+def serve(config: Config, *, install: bool, command: Command | None = None) -> None:
+    """`tproxyd run` and `exec`: returns when stopped by a signal, or by the end of the command."""
     log_to_stderr()
     kernel = Reconciler(config)
     kernel.fork(load_to_install if install else None)
@@ -451,4 +463,11 @@ def serve(config: Config, *, install: bool) -> None:
     from tproxyd.flow.listen import open_listeners
     from tproxyd.proc.worker import run
 
-    Supervisor(config, kernel, install=install, worker=run, open_listeners=open_listeners).run()
+    Supervisor(
+        config,
+        kernel,
+        install=install,
+        worker=run,
+        open_listeners=open_listeners,
+        command=command,
+    ).run()

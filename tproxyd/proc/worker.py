@@ -111,7 +111,8 @@ def drop_privileges(config: Config) -> None:
     if config.transparent and CAP_NET_RAW not in capabilities():
         raise PermissionError(
             f"can't open transparent sockets: {CAPABILITY_NAMES[CAP_NET_RAW]} "
-            f"is missing; run as root or with AmbientCapabilities=CAP_NET_RAW"
+            f"is missing; run as root, with AmbientCapabilities=CAP_NET_RAW, or in a container"
+            " with --cap-add NET_RAW"
         )
     privileges.drop(frozenset((CAP_NET_RAW,)) if config.transparent else frozenset())
 

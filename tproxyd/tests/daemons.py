@@ -29,6 +29,7 @@ from tproxyd.errors import KernelError
 from tproxyd.flow.tally import ACTIVE, BYTES, Layout
 from tproxyd.proc import startup, supervisor
 from tproxyd.proc.reconciler import Kernel, Reconciler, Report, Verb
+from tproxyd.proc.run_command import Command
 from tproxyd.proc.worker import WorkerSpec
 
 PATIENCE_S = 10.0
@@ -200,6 +201,7 @@ class Daemon:
         *,
         install: bool = False,
         before: Callable[[], None] = lambda: None,
+        argv: tuple[str, ...] = (),  # of `tproxyd exec`
         **settings: object,
     ) -> None:
         self.config = dataclasses.replace(
@@ -221,7 +223,7 @@ class Daemon:
                 os.dup2(write, 2)
                 sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
                 before()
-                code = self._run(entry, load, install)
+                code = self._run(entry, load, install, argv)
             finally:
                 os._exit(code)
         os.close(write)
@@ -232,7 +234,9 @@ class Daemon:
         entry: Callable[[WorkerSpec], None],
         load: Callable[[Config], Kernel],
         install: bool,
+        argv: tuple[str, ...],
     ) -> int:
+        command = Command(argv, None) if argv else None
         startup.log_to_stderr()
         try:
             kernel = Reconciler(self.config, load)
@@ -243,11 +247,12 @@ class Daemon:
                 install=install,
                 worker=entry,
                 open_listeners=open_listeners,
+                command=command,
             ).run()
         except KernelError as error:
             say(f"{error}")
             return 3
-        return 0
+        return command.code if command else 0
 
     def __enter__(self) -> Daemon:
         return self

@@ -24,12 +24,16 @@ ALLOWED = {
     "reader": {"addr", "errors"},
     "linux": {"addr"},
     "config": {"addr", "reader"},
-    "configfile": {"config", "addr", "errors", "reader"},
+    "environment": {"errors"},
+    "configfile": {"config", "environment", "addr", "errors", "reader"},
     "flow": {"config", "addr", "errors", "linux"},
     "kernel": {"config", "reader", "addr", "errors", "linux"},
     "proc": {"flow", "config", "reader", "addr", "errors", "linux"},
     "doctor": {"proc", "flow", "kernel", "config", "addr", "errors", "linux"},
-    "cli": {"doctor", "proc", "flow", "kernel", "config", "configfile", "addr", "errors", "linux"},
+    "cli": {
+        *("doctor", "proc", "flow", "kernel", "config", "configfile", "environment", "addr"),
+        *("errors", "linux"),
+    },
     "__main__": {"cli"},
 }
 # Only inside a function: the reconciler runs in a child process of its own, and no worker carries
@@ -40,6 +44,7 @@ PURE = {
     "addr",
     "config",
     "configfile",
+    "environment",
     "errors",
     "reader",
     "kernel.state",

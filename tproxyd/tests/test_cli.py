@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from tproxyd.doctor import Check, Verdict
 from tproxyd.errors import KernelError
 from tproxyd.kernel import reconcile
 from tproxyd.proc import supervisor
+from tproxyd.proc.run_command import Command
 from tproxyd.proc.status import Snapshot, draw
 
 Shown = Callable[..., tuple[int, str, str]]
@@ -113,7 +115,15 @@ def test_the_default_file_is_used_and_its_errors_count(
 
 
 @pytest.mark.parametrize(
-    "argv", [(), ("dance",), ("run", "--now"), ("rules", "--backend", "x"), ("check", "-c")]
+    "argv",
+    [
+        (),
+        ("dance",),
+        ("run", "--now"),
+        ("rules", "--backend", "x"),
+        ("check", "-c"),
+        ("exec", "--"),
+    ],
 )
 def test_wrong_usage_is_2(argv: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
@@ -194,6 +204,55 @@ def test_run_serves(
     assert tproxyd("run", "-c", toml("table = 7")) == (0, "", "")
     assert tproxyd("run", "--install", "-c", toml("table = 8")) == (0, "", "")
     assert served == [(Config(table=7), False), (Config(table=8), True)]
+
+
+@pytest.mark.parametrize(
+    ("words", "argv"),
+    [
+        (("--", "sh", "-c", "true", "--", "x"), ["sh", "-c", "true", "--", "x"]),
+        (("sh",), ["sh"]),
+    ],
+)
+def test_exec_runs_a_command(
+    words: tuple[str, ...],
+    argv: list[str],
+    tproxyd: Shown,
+    toml: Callable[[str], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def serve(config: Config, *, install: bool, command: Command) -> None:
+        assert (config, install, command._argv) == (Config(table=7), True, argv)
+        command.takes(signal.SIGHUP)
+
+    monkeypatch.setattr(supervisor, "serve", serve)
+    assert tproxyd("exec", "-c", toml("table = 7"), *words) == (128 + signal.SIGHUP, "", "")
+
+
+@pytest.mark.parametrize(("starts", "code"), [(False, 3), (True, 5)])
+def test_exec_of_what_the_kernel_refuses(
+    starts: bool,
+    code: int,
+    tproxyd: Shown,
+    toml: Callable[[str], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Until CMD has run the failure is what the exit code says; then CMD's own is worth more."""
+
+    def refuse(_: Config, *, install: bool, command: Command) -> None:
+        if starts:
+            command._ended = 5
+        raise KernelError("do this", "it is forbidden", "ask somebody")
+
+    monkeypatch.setattr(supervisor, "serve", refuse)
+    said = "tproxyd: can't do this: it is forbidden; ask somebody\n"
+    assert tproxyd("exec", "-c", toml(""), "--", "x") == (code, "", said)
+
+
+def test_exec_as_nobody_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["exec", "--user", "nobdy", "--", "x"])
+    assert end.value.code == 2
+    assert 'argument --user: there is no user "nobdy" here' in capsys.readouterr().err
 
 
 # Nouns --------------------------------------------------------------------------------------------
