@@ -34,7 +34,7 @@ def test_the_application_sees_the_client(
         status = container.status()
         assert status["Uid"].split()[0] == str(uid)
         assert {status["CapEff"], status["CapPrm"], status["CapBnd"]} == {BITS}
-        assert status["NoNewPrivs"] == "1"
+        assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
         pair = net.pair(family)
         assert pair.app.getpeername()[0] == family.client
         assert_talks(pair)

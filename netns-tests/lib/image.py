@@ -1,7 +1,8 @@
 """The image of scripts/container, run by crun as Kubernetes would: in a pod, with few rights.
 
 The root file system is read-only, /proc/sys as well, there is no writable file but those of /dev,
-no_new_privs is set, and of all capabilities there are those that the test names.
+no_new_privs is set, of all capabilities there are those that the test names, and of system calls
+those that podman and CRI-O allow by default (containers/common, pkg/seccomp).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import itertools
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -172,9 +174,38 @@ class Container:
                     {"type": "network", "path": f"/run/netns/{self._namespace.name}"},
                 ],
                 "readonlyPaths": ["/proc/sys"],
+                "seccomp": _seccomp(self._capabilities),
             },
         }
 
 
 def _mount(where: str, kind: str, *options: str) -> dict[str, object]:
     return {"destination": where, "type": kind, "source": kind, "options": options}
+
+
+_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
+
+
+def _seccomp(capabilities: list[str]) -> dict[str, Any]:
+    """The default profile as the specification writes it: without conditions on capabilities."""
+    profile = json.loads(Path("/usr/share/containers/seccomp.json").read_text())
+    here = _ARCHITECTURES[platform.machine()]
+
+    def holds(rule: dict[str, Any]) -> bool:
+        wants, excludes = rule.get("includes") or {}, rule.get("excludes") or {}
+        return (
+            here in wants.get("arches", [here])
+            and set(wants.get("caps", ())) <= set(capabilities)
+            and not set(excludes.get("caps", ())) & set(capabilities)
+        )
+
+    known = ("names", "action", "args", "errnoRet")
+    return {
+        "defaultAction": profile["defaultAction"],
+        "defaultErrnoRet": profile["defaultErrnoRet"],
+        "syscalls": [
+            {key: rule[key] for key in known if rule.get(key) is not None}
+            for rule in profile["syscalls"]
+            if holds(rule)
+        ],
+    }
