@@ -52,6 +52,8 @@ OUTBOUND_MARK = 1338  # of the proxy's calls to this host's own application, by 
 DNS_PORT = 15053  # where the agent answers DNS
 PASSTHROUGH_V4, PASSTHROUGH_V6 = "127.0.0.6", "::6"  # the source of the proxy in REDIRECT mode
 
+LOOPBACK = ipaddress.IPv4Network("127.0.0.1/32")
+
 
 @dataclass(frozen=True, slots=True)
 class IstioOptions:
@@ -92,7 +94,7 @@ class IstioOptions:
     virtual_interfaces: tuple[str, ...] = ()
 
     # ISTIO_OUTBOUND_IPV4_LOOPBACK_CIDR: destinations that are this host's own talk with itself.
-    loopback: ipaddress.IPv4Network = ipaddress.IPv4Network("127.0.0.1/32")
+    loopback: ipaddress.IPv4Network = LOOPBACK
 
     mark: int = 1337  # -t
     table: int = 133  # -r
@@ -245,7 +247,7 @@ def words(text: str) -> list[str]:
 
 def _number(text: str, low: int, high: int, what: str) -> int:
     base = 16 if re.fullmatch("0[xX][0-9a-fA-F]+", text) else 10
-    if base == 10 and not re.fullmatch("[0-9]+", text) or not low <= int(text, base) <= high:
+    if (base == 10 and not re.fullmatch("[0-9]+", text)) or not low <= int(text, base) <= high:
         raise ValueError(f'"{text}" is not {what}')
     return int(text, base)
 
@@ -261,11 +263,12 @@ def _port_range(text: str) -> PortRange:
 
 
 def _network(text: str) -> IPNetwork:
+    if text == "*":
+        raise ValueError('"*" stands alone, and not in this list')
     try:
         return ipaddress.ip_network(text, strict=False)
     except ValueError:
-        hint = '"*" stands alone, and not in this list' if text == "*" else "not a CIDR"
-        raise ValueError(f'"{text}" is {hint}' if text != "*" else hint) from None
+        raise ValueError(f'"{text}" is not a CIDR, for example 10.0.0.0/8') from None
 
 
 def _id(text: str, number_of: Callable[[str], int]) -> int:
