@@ -166,7 +166,7 @@ def without(ports: PortRange, excluded: Ports) -> Iterator[PortRange]:
         yield low, high
 
 
-# Words -> values; every ValueError says what is wrong with the word ------------------------------
+# Words -> values; every ValueError says what is wrong with the word -------------------------------
 
 
 def parse_mode(text: str) -> Mode:
