@@ -1,6 +1,9 @@
 """The command line: verbs change state, nouns only read.
 
-    run install clean        rules check doctor status
+    run install clean        rules check doctor status        istio-iptables
+
+The last one is Istio's tool of that name, with its flags, its messages and its exit codes
+(istio/run.py); who calls this program by that name gets it without saying so again.
 
 Exit codes, given in one place (`main`): 0 fine; 1 a problem found; 2 usage or configuration; 3 the
 kernel refused. An expected failure is one sentence on stderr, "can't <do>: <why>; <what to try>",
@@ -25,6 +28,7 @@ from tproxyd.configfile import parse
 from tproxyd.errors import ConfigError, KernelError, Problem, TproxydError
 
 DEFAULT_FILE = "/etc/tproxyd/tproxyd.toml"
+ISTIO_IPTABLES = "istio-iptables"
 
 FINE, FOUND, USAGE, REFUSED = 0, 1, 2, 3
 _INTERRUPTED, _PIPE_CLOSED = 128 + 2, 128 + 13  # as a shell reports SIGINT and SIGPIPE
@@ -38,10 +42,14 @@ class Unreachable(TproxydError):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
-    args = _arguments().parse_args(argv)
-    command: Callable[[argparse.Namespace], int] = args.command
+    words = _words() if argv is None else list(argv)
     try:
-        code = command(args)
+        if words[:1] == [ISTIO_IPTABLES]:
+            code = istio_iptables(words[1:])
+        else:
+            args = _arguments().parse_args(words)
+            command: Callable[[argparse.Namespace], int] = args.command
+            code = command(args)
         sys.stdout.flush()
         return code
     except ConfigError as error:
@@ -56,6 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Who read our output has seen enough (| head). The interpreter would flush once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _PIPE_CLOSED
+
+
+def _words() -> list[str]:
+    called, *words = sys.argv
+    return [ISTIO_IPTABLES, *words] if os.path.basename(called) == ISTIO_IPTABLES else words
 
 
 def _failed(error: TproxydError, code: int) -> int:
@@ -100,6 +113,8 @@ def _arguments() -> argparse.ArgumentParser:
     command(check, "check the configuration only")
     command(doctor, "find out why it does not work").add_argument("--json", action="store_true")
     command(status, "show the running daemon").add_argument("--json", action="store_true")
+    # Only so that it is listed: its command line is not argparse's to read.
+    commands.add_parser(ISTIO_IPTABLES, help="what Istio's tool of that name does; see its --help")
     return parser
 
 
@@ -136,6 +151,12 @@ def clean(_: argparse.Namespace) -> int:
     for line in reconcile.clean().changed or ("nothing to remove",):
         print(line)
     return FINE
+
+
+def istio_iptables(words: list[str]) -> int:
+    from tproxyd.istio import run
+
+    return run.main(words, os.environ)
 
 
 # Nouns -------------------------------------------------------------------------------------------

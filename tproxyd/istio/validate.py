@@ -13,6 +13,11 @@ what the application says arrives at the client. What can be done depends on wha
   TPROXY mode too, and nothing of what is special there.
 
 The proxy must not run yet: its port is ours for a moment.
+
+One thing is measured that no rule says: in TPROXY mode the proxy may run in the group of -g, but not
+as the user of -u. What that user sends to this host is redirected (nat ISTIO_OUTPUT, for calls of a
+service to itself), and so is its connection to the application. Istio's own proxy runs as root in
+the group 1337 then.
 """
 
 from __future__ import annotations
@@ -87,7 +92,7 @@ def validate(options: IstioOptions, *, port: int, timeout_s: float) -> Iterator[
     if not options.captures_inbound:
         yield "nothing inbound is intercepted: there is no connection to try"
         return
-    port = _captured(options, port)
+    port = captured_port(options, port)
     with contextlib.ExitStack() as stack:
         way = _best_way(options, stack)
         if not way.host:
@@ -129,8 +134,7 @@ def _until(until: float, options: IstioOptions, way: _Way, v6: bool, destination
         except _Failed as failed:
             if time.monotonic() + _PAUSE_S >= until:
                 raise Invalid(
-                    f"IPv{6 if v6 else 4}, {way.name}: {failed}",
-                    "compare: istio-iptables --dry-run, iptables-save, nft list ruleset, ip rule",
+                    f"IPv{6 if v6 else 4}, {way.name}: {failed}", _hint(options)
                 ) from None
             time.sleep(_PAUSE_S)
         else:
@@ -198,6 +202,15 @@ def _through(
         return str(served.getpeername()[0])
 
 
+def _hint(options: IstioOptions) -> str:
+    if options.mode is Mode.TPROXY and os.geteuid() in options.proxy_uids:
+        return (
+            f"what user {os.geteuid()} sends to this host is redirected in TPROXY mode;"
+            f" run as another user of group {options.proxy_gids[0]}"
+        )
+    return "compare: istio-iptables --dry-run, iptables-save, nft list ruleset, ip rule"
+
+
 def _listener(options: IstioOptions, v6: bool) -> socket.socket:
     family = socket.AF_INET6 if v6 else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
@@ -246,7 +259,7 @@ def _left(until: float) -> float:
     return max(0.001, until - time.monotonic())
 
 
-def _captured(options: IstioOptions, port: int) -> int:
+def captured_port(options: IstioOptions, port: int) -> int:
     """A port that the rules take: `port` if they do."""
     ranges = options.inbound_list
     if options.inbound_ports is ALL:

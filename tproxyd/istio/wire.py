@@ -214,7 +214,7 @@ class FarClient:
             "!HHIIBBHHH", *ports, self._next, self._expected, 5 << 4, flags, 65535, 0, 0
         )
         pseudo = source + there + struct.pack("!II", len(tcp), socket.IPPROTO_TCP)
-        tcp = tcp[:16] + struct.pack("!H", _checksum(pseudo + tcp)) + tcp[18:]
+        tcp = tcp[:16] + struct.pack("!H", checksum(pseudo + tcp)) + tcp[18:]
         if self._v6:
             head = struct.pack("!IHBB", 6 << 28, len(tcp), socket.IPPROTO_TCP, 64) + source + there
         else:
@@ -226,7 +226,7 @@ class FarClient:
 def _ipv4_header(size: int, source: bytes, there: bytes) -> bytes:
     head = struct.pack("!BBHHHBBH", 0x45, 0, 20 + size, 0, 0x4000, 64, socket.IPPROTO_TCP, 0)
     head += source + there
-    return head[:10] + struct.pack("!H", _checksum(head)) + head[12:]
+    return head[:10] + struct.pack("!H", checksum(head)) + head[12:]
 
 
 def _parse(packet: bytes, v6: bool) -> _Segment | None:
@@ -241,7 +241,7 @@ def _parse(packet: bytes, v6: bool) -> _Segment | None:
     return _Segment(source, destination, number, acknowledged, flags, tcp[(offset >> 4) * 4 :])
 
 
-def _checksum(data: bytes) -> int:
+def checksum(data: bytes) -> int:
     """RFC 1071."""
     total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
     while total >> 16:

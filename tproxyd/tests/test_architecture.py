@@ -26,7 +26,7 @@ ALLOWED = {
     "config": {"addr", "reader"},
     "configfile": {"config", "addr", "errors", "reader"},
     "flow": {"config", "addr", "errors", "linux"},
-    "istio": {"kernel", "config", "addr", "errors", "linux"},
+    "istio": {"flow", "kernel", "config", "addr", "errors", "linux"},
     "kernel": {"config", "reader", "addr", "errors", "linux"},
     "proc": {"flow", "config", "reader", "addr", "errors", "linux"},
     "doctor": {"proc", "flow", "kernel", "config", "addr", "errors", "linux"},
