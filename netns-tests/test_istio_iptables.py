@@ -1,6 +1,6 @@
 """In the place of istio-iptables: its words make the interception, `tproxyd run` serves it.
 
-In the pod, instead of istio-init; `run` installs nothing here, as a sidecar beside an init container.
+In the pod, instead of istio-init; `run` installs nothing here, as beside an init container.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -45,7 +44,7 @@ def istio_iptables(
 
 def done(where: Namespace, *words: str, **environ: str) -> str:
     """What it printed; it must end well."""
-    found = istio_iptables(where, *words, **environ)
+    found = istio_iptables(where, *words, prefix=(), **environ)
     assert found.returncode == 0, found.stderr
     return found.stdout
 
@@ -262,13 +261,12 @@ def as_user(user: int, group: int, *capabilities: str) -> tuple[str, ...]:
 
 
 @pytest.fixture
-def readable() -> Iterator[None]:
+def readable() -> None:
     """The source tree must be readable by other users."""
     if not all(os.stat(each).st_mode & 0o001 for each in [ROOT, *ROOT.parents]):
         pytest.skip("other users can't read the source tree")
     if not os.stat(Path(sys.executable).resolve()).st_mode & 0o001:
         pytest.skip("other users can't run this Python")
-    yield
 
 
 @pytest.mark.usefixtures("readable")

@@ -14,10 +14,10 @@ what the application says arrives at the client. What can be done depends on wha
 
 The proxy must not run yet: its port is ours for a moment.
 
-One thing is measured that no rule says: in TPROXY mode the proxy may run in the group of -g, but not
-as the user of -u. What that user sends to this host is redirected (nat ISTIO_OUTPUT, for calls of a
-service to itself), and so is its connection to the application. Istio's own proxy runs as root in
-the group 1337 then.
+One thing is measured that no rule says: in TPROXY mode the proxy may run in the group of -g, but
+not as the user of -u. What that user sends to this host is redirected (nat ISTIO_OUTPUT, for calls
+of a service to itself), and so is its connection to the application. Istio's own proxy runs as root
+in the group 1337 then.
 """
 
 from __future__ import annotations
