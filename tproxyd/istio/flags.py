@@ -108,6 +108,9 @@ REFUSED = {
     "log_caller": "messages carry no place in the source",
     "log_stacktrace_level": "messages carry no stack",
     "log_rotate": "messages go to stdout, errors to stderr; redirect them",
+    "log_rotate_max_age": "no file is written",
+    "log_rotate_max_backups": "no file is written",
+    "log_rotate_max_size": "no file is written",
     "vklog": "there is no klog here",
 }
 
