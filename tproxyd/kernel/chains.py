@@ -36,11 +36,11 @@ from __future__ import annotations
 from tproxyd.addr import PrefixSet, parse_prefix
 from tproxyd.config import Config, Intercept, Listener, ReturnPath, Scope, Via
 from tproxyd.kernel.firewall import (
+    ESTABLISHED,
     Action,
     Chain,
     ConnMark,
     Divert,
-    Established,
     Family,
     Firewall,
     ForUs,
@@ -177,7 +177,7 @@ def _on_lo(config: Config, mark: SetPacketMark, path: ReturnPath | None) -> tupl
     if any(each.intercept.via is Via.REDIRECT for each in _with(config, Scope.LOCAL)):
         rules.append(
             Rule(
-                (*ours, Syn(), Established()),
+                (*ours, Syn(), ESTABLISHED),
                 Verdict.DROP,
                 "the same where nat has redirected the living connection: our SYN is taken for one"
                 " of its packets",
@@ -251,7 +251,7 @@ NOT_NEW = Rule(
 )
 # What lives needs nat until it ends.
 KEPT = Rule(
-    (Established(),),
+    (ESTABLISHED,),
     Verdict.ACCEPT,
     "never true of a first packet. But a rule must ask connection tracking for it to be at work,"
     " and the translation of living connections with it",
