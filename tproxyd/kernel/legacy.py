@@ -34,7 +34,7 @@ from typing import Any
 from tproxyd.config import Backend
 from tproxyd.errors import KernelError
 from tproxyd.kernel import xtables
-from tproxyd.kernel.firewall import Chain, Family, Firewall, Table
+from tproxyd.kernel.firewall import Family, Firewall, Table
 from tproxyd.kernel.iptables import refuse_strangers
 from tproxyd.kernel.iptchains import PREFIX
 from tproxyd.kernel.iptsave import OWNER, Listing, ours, script
@@ -64,13 +64,11 @@ class Legacy:
 
     def read(self, family: Family) -> Tables | None:
         """Ours; None where there is nothing."""
-        return ours(self._list(family, _with_ours(family)), Backend.IPTABLES_LEGACY, family)
+        return ours(self._list(family, _contents(family, _SIGNS)), Backend.IPTABLES_LEGACY, family)
 
     def apply(self, family: Family, chains: Firewall) -> None:
         """Make our part of the tables exactly this."""
-        there = {Table(name) for name in xtables.names(family) if name in tuple(Table)}
-        wanted = {chain.table for chain in chains if isinstance(chain, Chain)}
-        have = self._list(family, dict.fromkeys(there & (wanted | {*_with_ours(family)}), b""))
+        have = self._list(family, _contents(family, (*_SIGNS, ISTIO_PREFIX.encode())))
         refuse_strangers(have, chains, family)
         text = script(have, chains, family)
         _ask(f"write the IPv{family} legacy tables", family, {"script": text})
@@ -80,7 +78,7 @@ class Legacy:
         known = {
             table: _known[family, table][1]
             for table, content in tables.items()
-            if content and _known.get((family, table), (b"", None))[0] == content
+            if (family, table) in _known and _known[family, table][0] == content
         }
         unknown = [table for table in tables if table not in known]
         if unknown:
@@ -88,13 +86,12 @@ class Legacy:
             for name, fields in answer.items():
                 table = Table(name)
                 known[table] = Listing(**fields)
-                if tables[table]:
-                    _known[family, table] = tables[table], known[table]
+                _known[family, table] = tables[table], known[table]
         return known
 
 
-def _with_ours(family: Family) -> dict[Table, bytes]:
-    """The tables that hold something of ours, with all that they hold."""
+def _contents(family: Family, signs: tuple[bytes, ...]) -> dict[Table, bytes]:
+    """The tables in which one of these stands, with all that they hold."""
     found = {}
     for name in xtables.names(family):
         if name not in tuple(Table):
@@ -105,7 +102,7 @@ def _with_ours(family: Family) -> dict[Table, bytes]:
             action = f"read the IPv{family} legacy table {name}"
             hint = "run it as root, or give it CAP_NET_ADMIN"
             raise KernelError(action, error.strerror or str(error), hint) from error
-        if any(sign in content for sign in _SIGNS):
+        if any(sign in content for sign in signs):
             found[Table(name)] = content
     return found
 
