@@ -83,10 +83,10 @@ class PortIn:
 
 @dataclass(frozen=True, slots=True)
 class UdpPort:
-    """UDP, from or to this port."""
+    """UDP, from or to a port in this closed range."""
 
     end: Literal["source", "destination"]
-    port: int
+    ports: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,8 +344,8 @@ def match_text(match: Match) -> str:
             return f"{'not ' if negate else ''}to {where}"
         case PortIn(ranges, negate):
             return f"{'not ' if negate else ''}to port {ranges_text(ranges)}"
-        case UdpPort(end, port):
-            return f"UDP {'from' if end == 'source' else 'to'} port {port}"
+        case UdpPort(end, ports):
+            return f"UDP {'from' if end == 'source' else 'to'} port {ranges_text((ports,))}"
         case ForUs(negate):
             return f"{'not ' if negate else ''}to an address of this host"
         case Syn(negate):

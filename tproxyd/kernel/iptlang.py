@@ -88,9 +88,9 @@ def words(rule: Rule, family: Family) -> str:
                 protocol = "! -p tcp"
             case Icmp():
                 protocol = "-p icmp" if family == 4 else "-p ipv6-icmp"
-            case UdpPort(end, port):
+            case UdpPort(end, ports):
                 protocol = "-p udp"
-                more.add(f"-m udp --{end[0]}port", str(port))
+                more.add(f"-m udp --{end[0]}port", _ports((ports,)))
             case PortIn(ranges, negate):
                 if len(ranges) == 1:
                     tcp.append(f"{'! ' * negate}--dport {_ports(ranges)}")

@@ -142,12 +142,12 @@ class _Reader:
     def _port(self, option: _Option) -> None:
         ranges = merge_ranges([_range(text, ":") for text in option.value.split(",")])
         if self._protocol == ("udp", False):
-            ((low, high),) = ranges
-            if option.negate or low != high or option.name == "--dports":
+            (ports,) = ranges
+            if option.negate or option.name == "--dports":
                 raise ValueError(option)
-            self._matches.append(
-                UdpPort("source" if option.name == "--sport" else "destination", low)
-            )
+            end: Literal["source", "destination"]
+            end = "source" if option.name == "--sport" else "destination"
+            self._matches.append(UdpPort(end, ports))
         elif option.name == "--sport":
             raise ValueError(option)
         elif option.negate:

@@ -37,7 +37,7 @@ from tproxyd.kernel import xtables
 from tproxyd.kernel.firewall import Family, Firewall, Table
 from tproxyd.kernel.iptables import refuse_strangers
 from tproxyd.kernel.iptchains import PREFIX
-from tproxyd.kernel.iptsave import OWNER, Listing, ours, script
+from tproxyd.kernel.iptsave import ISTIO_PREFIX, OWNER, Listing, ours, script
 from tproxyd.kernel.state import Tables
 
 # iptables/xshared.h, XT_LOCK_NAME; older ones had it in /var/run, which is the same.

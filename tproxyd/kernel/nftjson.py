@@ -160,8 +160,9 @@ def _parse_match(op: str, left: object, right: object) -> Match:
             return DestinationIn(4 if ip == "ip" else 6, _prefixes(right), op == "!=")
         case {"payload": {"protocol": "tcp", "field": "dport"}}, "==" | "!=", _:
             return PortIn(_ranges(right), negate=op == "!=")
-        case {"payload": {"protocol": "udp", "field": "sport" | "dport" as key}}, "==", int(port):
-            return UdpPort("source" if key == "sport" else "destination", port)
+        case {"payload": {"protocol": "udp", "field": "sport" | "dport" as key}}, "==", _:
+            (ports,) = _ranges(right)
+            return UdpPort("source" if key == "sport" else "destination", ports)
         case {"meta": {"key": "skuid" | "skgid" as key}}, "==" | "!=", _:
             owner: Literal["uid", "gid"] = "uid" if key == "skuid" else "gid"
             return MadeBy(owner, _ranges(right), negate=op == "!=")

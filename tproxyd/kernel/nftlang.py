@@ -96,8 +96,15 @@ def _chain(chain: Chain) -> list[str]:
         if rule.comment not in ("", said):
             said = rule.comment
             lines += ["", *(f"\t# {line}" for line in textwrap.wrap(said, 80))]
-        lines.append("\t" + " ".join((*map(_match, rule.matches), _action(rule.action))))
+        lines.append("\t" + _rule(rule))
     return [*lines, "}"]
+
+
+def _rule(rule: Rule) -> str:
+    action = _action(rule.action)
+    if isinstance(rule.action, Redirect) and not any(isinstance(m, UdpPort) for m in rule.matches):
+        action = f"meta l4proto tcp {action}"  # it insists on a protocol in its own rule
+    return " ".join((*map(_match, rule.matches), action))
 
 
 def _match(match: Match) -> str:
@@ -120,8 +127,8 @@ def _match(match: Match) -> str:
             return f"{_IP[family]} daddr {_not(negate)}{_set(map(_address, prefixes.networks))}"
         case PortIn(ranges, negate):
             return f"tcp dport {_not(negate)}{_ranges(ranges)}"
-        case UdpPort(end, port):
-            return f"udp {end[0]}port {port}"
+        case UdpPort(end, ports):
+            return f"udp {end[0]}port {_ranges((ports,))}"
         case ForUs(negate):
             return f"fib daddr type {_not(negate)}local"
         case Syn(negate):
@@ -148,12 +155,11 @@ def _action(action: Action) -> str:
             return f"goto {chain}"
         case Jump(chain):
             return f"jump {chain}"
-        # This and the next insist on a TCP match in their own rule.
-        case Tproxy(family, port, mark):
+        case Tproxy(family, port, mark):  # it insists on a TCP match in its own rule
             marked = "" if mark is None else f" {_action(mark)}"
             return f"meta l4proto tcp tproxy {_IP[family]} to :{port}{marked} accept"
         case Redirect(port):
-            return f"meta l4proto tcp redirect to :{port}"
+            return f"redirect to :{port}"
         case Divert(mark):
             return f"{_action(mark)} accept"
         case SetPacketMark(value, mask):
