@@ -116,6 +116,15 @@ _SIOCGIFFLAGS = 0x8913  # include/uapi/linux/sockios.h
 _IFF_UP = 1  # include/uapi/linux/if.h
 
 
+def ask_socket(sock: socket.socket, level: int, option: int, request: bytes) -> bytes:
+    """getsockopt(2) with a question in the buffer, which Python's own cannot send."""
+    buffer = ctypes.create_string_buffer(request, len(request))
+    size = ctypes.c_uint32(len(request))
+    result = _libc.getsockopt(sock.fileno(), level, option, buffer, ctypes.byref(size))
+    _check(result, "getsockopt")
+    return buffer.raw[: size.value]
+
+
 def interface_is_up(name: str) -> bool:
     """Whether an interface of this network namespace is up (/sys may show another one)."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:

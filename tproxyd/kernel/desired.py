@@ -60,9 +60,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from tproxyd.addr import Endpoint, is_name, is_unix
-from tproxyd.config import Config, Listener, ReturnPath, Scope, SourceKind, Via
+from tproxyd.config import Backend, Config, Listener, ReturnPath, Scope, SourceKind, Via
 from tproxyd.kernel.chains import firewall, mark_mask
 from tproxyd.kernel.firewall import Family
+from tproxyd.kernel.iptchains import chains
 from tproxyd.kernel.selectors import takes_nothing
 from tproxyd.kernel.state import (
     MARK_SYSCTLS,
@@ -71,6 +72,7 @@ from tproxyd.kernel.state import (
     PolicyRule,
     Route,
     Sysctl,
+    Tables,
     number_for,
 )
 
@@ -93,6 +95,9 @@ class Facts:
     sysctls_writable: bool = True  # false where containers get /proc/sys read-only
     lo_up: bool = True
     own: frozenset[str] = frozenset()  # the addresses of this host
+    ip_tables: tuple[Family, ...] = (4, 6)  # IP versions of the kernel, whether used or not
+    legacy_rules: bool = False  # legacy tables have rules
+    nft: bool = True  # there is a library or a command for it
 
 
 # What is needed -----------------------------------------------------------------------------------
@@ -148,6 +153,25 @@ def _is_own(upstream: Endpoint, facts: Facts) -> bool:
     return ip.is_loopback or ip.is_unspecified or upstream.host in facts.own
 
 
+class BackendChoice(NamedTuple):
+    backend: Backend  # never AUTO
+    why: str
+
+
+def backend(config: Config, facts: Facts) -> BackendChoice:
+    """Who holds the packet rules, and a sentence that says why."""
+    chosen = config.rules.backend
+    if chosen is not Backend.AUTO:
+        return BackendChoice(chosen, f"backend {chosen}: it was asked for")
+    if facts.legacy_rules:
+        chosen, why = Backend.IPTABLES_LEGACY, "the legacy tables have rules here"
+    elif facts.nft:
+        chosen, why = Backend.NFT, "nftables is there, and no legacy tables are in use"
+    else:
+        chosen, why = Backend.IPTABLES_NFT, "there is no nft, library or command"
+    return BackendChoice(chosen, f"backend {chosen}: {why}")
+
+
 class Choice(NamedTuple):
     path: ReturnPath  # never AUTO
     why: str
@@ -158,7 +182,9 @@ def return_path(config: Config, facts: Facts) -> Choice:
     chosen = config.rules.return_path
     if chosen is not ReturnPath.AUTO:
         return Choice(chosen, f"return path {chosen}: the configuration says so")
-    if facts.host_netns:
+    if backend(config, facts).backend is not Backend.NFT:
+        path, why = ReturnPath.CONNTRACK, "the rules for iptables track connections in any case"
+    elif facts.host_netns:
         path, why = ReturnPath.CONNTRACK, "this is the host's network namespace, where others mark"
     elif not _to_be_set(facts):
         path, why = ReturnPath.ACCEPT_MARK, "its sysctls are set here already"
@@ -193,6 +219,22 @@ def desired(config: Config, *, facts: Facts, intercept: bool = True) -> KernelSt
     routes = [Route(family, config.table, protocol) for family in marked]
     if facts.ipv6 and any(map(_redirected_and_ourselves, config.listeners)):
         routes.append(Route(6, _TABLE_LOCAL, protocol, f"{REDIRECTED_V6}/128"))
+    chosen = backend(config, facts).backend
+    nft = chosen is Backend.NFT
+    tables = tuple(
+        Tables(
+            chosen,
+            family,
+            chains(
+                *(config, family),
+                served=family in families,
+                path=path,
+                home=home,
+                intercept=intercept,
+            ),
+        )
+        for family in (() if nft else facts.ip_tables)
+    )
     return KernelState(
         sysctls=tuple(Sysctl(name, 1) for name in sysctls),
         routes=tuple(routes),
@@ -200,7 +242,8 @@ def desired(config: Config, *, facts: Facts, intercept: bool = True) -> KernelSt
             PolicyRule(family, PRIORITY, config.mark, mask, config.table, protocol)
             for family in marked
         ),
-        firewall=firewall(config, families, path, home, intercept),
+        firewall=firewall(config, families, path, home, intercept) if nft else (),
+        iptables=tuple(each for each in tables if each.chains),
     )
 
 
@@ -214,6 +257,14 @@ def notes(config: Config, facts: Facts) -> tuple[str, ...]:
     """What the operator should hear about this wish, in sentences."""
     said: list[str] = []
     intercepting = [each for each in config.listeners if each.intercepts]
+    chosen = backend(config, facts)
+    if chosen.backend is not Backend.NFT:
+        said.append(chosen.why)
+        if any(each.intercept.via is Via.TPROXY for each in intercepting):
+            said.append(
+                "under iptables, clients are not refused while nobody listens: they wait, since its"
+                " TPROXY drops what it finds no listener for"
+            )
     if dials_here(config, facts):
         said.append(return_path(config, facts).why)
     if intercepting and not facts.ipv6:
