@@ -103,13 +103,16 @@ def _arguments() -> argparse.ArgumentParser:
         action="store_true",
         help="make the kernel state once the workers accept, and remove it at the end",
     )
-    command(install, "make the kernel state: rules, routes, firewall")
+    for each in (
+        command(install, "make the kernel state: rules, routes, firewall"),
+        command(rules, "print what install would make"),
+    ):
+        each.add_argument(
+            "--backend",
+            choices=[str(one) for one in Backend],
+            help="instead of the one in the configuration",
+        )
     command(clean, "remove all kernel state of tproxyd, whatever configuration made it")
-    command(rules, "print what install would make").add_argument(
-        "--backend",
-        choices=[str(each) for each in Backend],
-        help="instead of the one in the configuration",
-    )
     command(check, "check the configuration only")
     command(doctor, "find out why it does not work").add_argument("--json", action="store_true")
     command(status, "show the running daemon").add_argument("--json", action="store_true")
@@ -133,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def install(args: argparse.Namespace) -> int:
-    config = read_config(args.config)
+    config = _with_backend(args)
     from tproxyd.kernel import reconcile
 
     report = reconcile.install(config)
@@ -163,12 +166,9 @@ def istio_iptables(words: list[str]) -> int:
 
 
 def rules(args: argparse.Namespace) -> int:
-    config = read_config(args.config)
+    config = _with_backend(args)
     from tproxyd.kernel import reconcile
 
-    if args.backend is not None:
-        chosen = dataclasses.replace(config.rules, backend=Backend(args.backend))
-        config = dataclasses.replace(config, rules=chosen)
     print(reconcile.rules(config, facts=reconcile.facts()), end="")
     return FINE
 
@@ -234,6 +234,14 @@ def read_config(path: str | None) -> Config:
         why = f"not UTF-8, which TOML is: byte {error.start}"
         raise ConfigError(path or DEFAULT_FILE, (Problem("", why),)) from None
     return parse(text, path or DEFAULT_FILE)
+
+
+def _with_backend(args: argparse.Namespace) -> Config:
+    config = read_config(args.config)
+    if args.backend is None:
+        return config
+    chosen = dataclasses.replace(config.rules, backend=Backend(args.backend))
+    return dataclasses.replace(config, rules=chosen)
 
 
 def _ask_daemon(where: Endpoint | None, path: str) -> str:

@@ -56,18 +56,23 @@ How the rules say it is in chains.py. Pure.
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from tproxyd.addr import Endpoint, is_name, is_unix
-from tproxyd.config import Backend, Config, Listener, ReturnPath, Scope, SourceKind, Via
+from tproxyd.config import Backend, Config, Listener, ReturnPath, Scheme, Scope, SourceKind, Via
+from tproxyd.istio.options import PASSTHROUGH_V6, IstioOptions
+from tproxyd.kernel import istio
 from tproxyd.kernel.chains import firewall, mark_mask
-from tproxyd.kernel.firewall import Family
+from tproxyd.kernel.firewall import FULL_MASK, Family
 from tproxyd.kernel.iptchains import chains
+from tproxyd.kernel.istioconfig import istio_options
 from tproxyd.kernel.selectors import takes_nothing
 from tproxyd.kernel.state import (
     MARK_SYSCTLS,
+    OURS,
     REFLECT_V6,
+    Address,
     KernelState,
     PolicyRule,
     Route,
@@ -80,8 +85,6 @@ from tproxyd.kernel.state import (
 # 5210 and its siblings, wg-quick's 32764 and `main` (32766), any of which would send the packets
 # away; and with room before it for an administrator who must overrule us.
 PRIORITY = 1337
-# As whom Istio's sidecar connects in REDIRECT mode: applications and people know them.
-REDIRECTED_V6 = "::6"
 _TABLE_LOCAL = 255  # RT_TABLE_LOCAL, include/uapi/linux/rtnetlink.h
 
 
@@ -209,6 +212,8 @@ def desired(config: Config, *, facts: Facts, intercept: bool = True) -> KernelSt
 
     Connections that live then need no interception: their packets find their sockets.
     """
+    if config.rules.scheme is Scheme.ISTIO:
+        return istio_state(config, facts, intercept)
     path = return_path(config, facts).path if dials_here(config, facts) else None
     home = holds_elsewhere(config, facts)
     sysctls = _to_be_set(facts) if path is ReturnPath.ACCEPT_MARK else ()
@@ -218,7 +223,7 @@ def desired(config: Config, *, facts: Facts, intercept: bool = True) -> KernelSt
     marked = families if home or path is not None else ()
     routes = [Route(family, config.table, protocol) for family in marked]
     if facts.ipv6 and any(map(_redirected_and_ourselves, config.listeners)):
-        routes.append(Route(6, _TABLE_LOCAL, protocol, f"{REDIRECTED_V6}/128"))
+        routes.append(Route(6, _TABLE_LOCAL, protocol, f"{PASSTHROUGH_V6}/128"))
     chosen = backend(config, facts).backend
     nft = chosen is Backend.NFT
     tables = tuple(
@@ -253,6 +258,37 @@ def _redirected_and_ourselves(listener: Listener) -> bool:
     return redirected and listener.source is SourceKind.PROXY
 
 
+def istio_state(config: Config, facts: Facts, intercept: bool = True) -> KernelState:
+    """As istio-iptables would make it for the same connections."""
+    options = istio_options(config, ipv6=facts.ipv6)
+    return desired_istio(options, backend(config, facts).backend, intercept)
+
+
+def desired_istio(options: IstioOptions, chosen: Backend, intercept: bool = True) -> KernelState:
+    """The state that istio-iptables is told to make. Without `intercept`, no new connection is
+    taken.
+    """
+    families: tuple[Family, ...] = (4, 6) if options.ipv6 else (4,)
+    marked = families if options.needs_routes else ()
+    taking = options
+    if not intercept:
+        taking = replace(options, inbound_ports=(), outbound_ranges=(), outbound_ports=())
+    nft = chosen is Backend.NFT
+    return KernelState(
+        routes=tuple(Route(family, options.table, OURS) for family in marked),
+        addresses=(Address(PASSTHROUGH_V6, OURS),) if options.ipv6 else (),
+        rules=tuple(
+            PolicyRule(family, PRIORITY, options.mark, FULL_MASK, options.table, OURS)
+            for family in marked
+        ),
+        firewall=istio.nft_chains(taking) if nft else (),
+        iptables=tuple(
+            Tables(chosen, family, istio.chains(taking, family))
+            for family in (() if nft else families)
+        ),
+    )
+
+
 def notes(config: Config, facts: Facts) -> tuple[str, ...]:
     """What the operator should hear about this wish, in sentences."""
     said: list[str] = []
@@ -265,7 +301,12 @@ def notes(config: Config, facts: Facts) -> tuple[str, ...]:
                 "under iptables, clients are not refused while nobody listens: they wait, since its"
                 " TPROXY drops what it finds no listener for"
             )
-    if dials_here(config, facts):
+    if config.rules.scheme is Scheme.ISTIO:
+        said.append(
+            "scheme istio, as istio-iptables has it: no connection while SYN cookies are in use,"
+            " none where src_valid_mark is 1, and connections older than the rules end"
+        )
+    elif dials_here(config, facts):
         said.append(return_path(config, facts).why)
     if intercepting and not facts.ipv6:
         said.append("no IPv6 on this machine (or on lo): IPv4 only, IPv6 connections are refused")

@@ -33,8 +33,9 @@ STRANGERS = "`tproxyd istio-iptables --cleanup-only` removes them, as istio-ipta
 class Iptables:
     """The backend, for one IP version at a time. Not for use by two threads."""
 
-    def __init__(self, nft: Nft) -> None:
-        self._nft = nft
+    def __init__(self, nft: Nft, *, adopt: bool = False) -> None:
+        """`adopt`: see iptsave.Listing."""
+        self._nft, self._adopt = nft, adopt
 
     def probe(self, family: Family = 4) -> str:
         """The command that will be used; KernelError where there is none."""
@@ -67,7 +68,8 @@ class Iptables:
         else:
             if not any(table in there for table in Table):
                 return {}
-        return read_save(_run(f"read the IPv{family} tables", family, command))
+        text = _run(f"read the IPv{family} tables", family, command)
+        return read_save(text, adopt=self._adopt)
 
     def _new(
         self, family: Family, have: dict[Table, Listing], want: Firewall

@@ -24,7 +24,25 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tproxyd.config import Backend
-from tproxyd.kernel.firewall import Chain, Family, Firewall, Jump, Rule, Table, Unknown
+from tproxyd.istio.options import OUTBOUND_MARK
+from tproxyd.kernel.firewall import (
+    Chain,
+    ConnMark,
+    Family,
+    Firewall,
+    Jump,
+    MadeBy,
+    OutInterface,
+    PacketMark,
+    RestoreMark,
+    Rule,
+    SaveMark,
+    SetPacketMark,
+    Table,
+    Tcp,
+    Unknown,
+    Verdict,
+)
 from tproxyd.kernel.iptchains import HOOKS, PREFIX, sorted_chains
 from tproxyd.kernel.iptlang import words
 from tproxyd.kernel.iptread import parse
@@ -34,6 +52,10 @@ OWNER = "tproxyd"
 ISTIO_MARKER = f"{PREFIX}ISTIO"
 MADE = f"{PREFIX}MADE_"
 ISTIO_PREFIX = "ISTIO_"
+ISTIO_CHAINS = {
+    f"{ISTIO_PREFIX}{name}"
+    for name in ("INBOUND", "DIVERT", "TPROXY", "DROP", "REDIRECT", "IN_REDIRECT", "OUTPUT")
+} | {f"{ISTIO_PREFIX}OUTPUT_DNS"}
 _COMMENT = f"-m comment --comment {OWNER}"
 
 
@@ -44,16 +66,18 @@ class Listing:
     kernels: dict[str, list[str]] = field(default_factory=dict)  # PREROUTING, INPUT, …
     users: dict[str, list[str]] = field(default_factory=dict)
     policies: dict[str, str] = field(default_factory=dict)
+    adopt: bool = False  # the chains of istio-iptables, and its rules without a chain, are ours
 
     def is_our_chain(self, name: str) -> bool:
-        by_istio = name.startswith(ISTIO_PREFIX) and ISTIO_MARKER in self.users
+        ours = self.adopt or ISTIO_MARKER in self.users
+        by_istio = name in ISTIO_CHAINS and ours
         return name in self.users and (name.startswith(PREFIX) or by_istio)
 
     def is_our_rule(self, line: str) -> bool:
         """Of a chain of the kernel's."""
         tokens = shlex.split(line)
         pairs = list(itertools.pairwise(tokens))
-        if ("--comment", OWNER) in pairs:
+        if ("--comment", OWNER) in pairs or (self.adopt and _is_istios(line)):
             return True
         return any(flag in ("-j", "-g") and self.is_our_chain(to) for flag, to in pairs)
 
@@ -63,14 +87,34 @@ class Listing:
         return [name.removeprefix(MADE) for name in self.users if name.startswith(MADE)]
 
 
-def read_save(text: str) -> dict[Table, Listing]:
+def _is_istios(line: str) -> bool:
+    """One of the four that istio-iptables puts into the kernel's own chains of mangle, without a
+    chain of its own. What it says for excluded interfaces could be anybody's.
+    """
+    rule = parse(line, 6 if "::" in line else 4)
+    if isinstance(rule, Unknown):
+        return False
+    kinds = {type(match) for match in rule.matches}
+    match rule.action:
+        case SaveMark():
+            return kinds == {Tcp, PacketMark}
+        case Verdict.RETURN:
+            return kinds == {Tcp, OutInterface, PacketMark}
+        case SetPacketMark(value):
+            return value == OUTBOUND_MARK and kinds >= {Tcp, OutInterface, MadeBy}
+        case RestoreMark():
+            return kinds == {Tcp, ConnMark}
+    return False
+
+
+def read_save(text: str, *, adopt: bool = False) -> dict[Table, Listing]:
     """The tables that we know, of what iptables-save printed."""
     found: dict[Table, Listing] = {}
     listing = Listing()
     for line in text.splitlines():
         if line.startswith("*"):
             name = line[1:].strip()
-            listing = Listing()
+            listing = Listing(adopt=adopt)
             if name in tuple(Table):
                 found[Table(name)] = listing
         elif line.startswith(":"):

@@ -28,6 +28,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,16 @@ _known: dict[tuple[Family, Table], tuple[bytes, Listing]] = {}
 class Legacy:
     """The backend, for one IP version at a time. Not for use by two threads."""
 
+    def __init__(self, *, adopt: bool = False) -> None:
+        """`adopt`: see iptsave.Listing."""
+        self._adopt = adopt
+        self._signs = (*_SIGNS, ISTIO_PREFIX.encode()) if adopt else _SIGNS
+
     def read(self, family: Family) -> Tables | None:
         """Ours; None where there is nothing."""
-        return ours(self._list(family, _contents(family, _SIGNS)), Backend.IPTABLES_LEGACY, family)
+        return ours(
+            self._list(family, _contents(family, self._signs)), Backend.IPTABLES_LEGACY, family
+        )
 
     def apply(self, family: Family, chains: Firewall) -> None:
         """Make our part of the tables exactly this."""
@@ -87,7 +95,7 @@ class Legacy:
                 table = Table(name)
                 known[table] = Listing(**fields)
                 _known[family, table] = tables[table], known[table]
-        return known
+        return {table: replace(known[table], adopt=self._adopt) for table in known}
 
 
 def _contents(family: Family, signs: tuple[bytes, ...]) -> dict[Table, bytes]:

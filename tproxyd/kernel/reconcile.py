@@ -29,17 +29,28 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from tproxyd.config import Backend, Config, ReturnPath
+from tproxyd.config import Backend, Config, ReturnPath, Rules
 from tproxyd.errors import KernelError
+from tproxyd.istio.options import IstioOptions
 from tproxyd.kernel import iptsave, xtables
-from tproxyd.kernel.desired import PRIORITY, Facts, backend, desired, dials_here, notes, return_path
+from tproxyd.kernel.desired import (
+    PRIORITY,
+    BackendChoice,
+    Facts,
+    backend,
+    desired,
+    desired_istio,
+    dials_here,
+    notes,
+    return_path,
+)
 from tproxyd.kernel.firewall import Family, Firewall
 from tproxyd.kernel.iptables import Iptables
 from tproxyd.kernel.legacy import Legacy
 from tproxyd.kernel.nft import Nft
 from tproxyd.kernel.nftlang import render
 from tproxyd.kernel.routing import Routing
-from tproxyd.kernel.state import EMPTY, Change, KernelState, Stage, Tables, diff
+from tproxyd.kernel.state import EMPTY, Change, KernelState, Stage, Tables, commands, diff
 
 LOCK_NAME = "\0tproxyd/kernel"
 # A whole reconcile takes tens of milliseconds, an nft command of an overloaded machine seconds.
@@ -84,11 +95,12 @@ class World(Protocol):
 class Machine:
     """The kernel of this machine, in the network namespace of the calling thread."""
 
-    def __init__(self, nft: Nft | None = None) -> None:
+    def __init__(self, nft: Nft | None = None, *, adopt: bool = False) -> None:
+        """`adopt`: the chains of istio-iptables are taken for ours, whoever has made them."""
         self._nft = nft or Nft()
         self._backends: dict[Backend, Iptables | Legacy] = {
-            Backend.IPTABLES_NFT: Iptables(self._nft),
-            Backend.IPTABLES_LEGACY: Legacy(),
+            Backend.IPTABLES_NFT: Iptables(self._nft, adopt=adopt),
+            Backend.IPTABLES_LEGACY: Legacy(adopt=adopt),
         }
         self._routing = Routing()
 
@@ -171,16 +183,63 @@ def rules(config: Config, *, facts: Facts) -> str:
     """
     want = desired(config, facts=facts)
     lines = [f"# {note}" for note in notes(config, facts)]
-    lines += [f"# {item.command}" for item in (*want.routes, *want.sysctls, *want.rules)]
-    head = "\n".join(lines) + "\n\n"
-    chosen = backend(config, facts).backend
+    return _text(want, backend(config, facts).backend, lines)
+
+
+def _text(want: KernelState, chosen: Backend, said: list[str]) -> str:
+    head = "".join(f"{line}\n" for line in (*said, *(f"# {each}" for each in commands(want)), ""))
     if chosen is Backend.NFT:
         return head + render(want.firewall)
     variant = "nft" if chosen is Backend.IPTABLES_NFT else "legacy"
-    commands = (
-        f"# iptables-{variant}-restore --noflush -w, ip6tables-{variant}-restore --noflush -w"
-    )
-    return f"{head}{commands}\n{iptsave.render(want.iptables)}"
+    tools = f"# iptables-{variant}-restore --noflush -w, ip6tables-{variant}-restore --noflush -w"
+    return f"{head}{tools}\n{iptsave.render(want.iptables)}"
+
+
+# The scheme of istio-iptables, by that tool's own options -----------------------------------------
+
+
+def install_istio(
+    options: IstioOptions, asked: Backend = Backend.AUTO, *, world: World | None = None
+) -> Report:
+    """Make the state that istio-iptables is told to make, in the place of what it may have made."""
+    world = world or Machine(adopt=True)
+    with world.lock():
+        facts = world.facts()
+        chosen = _asked(asked, facts)
+        if not facts.lo_up:
+            why = "lo is down, and answers come home through it"
+            raise KernelError("install the kernel state", why, "ip link set lo up")
+        return _reconcile(desired_istio(options, chosen.backend), world, (chosen.why,))
+
+
+def check_istio(
+    options: IstioOptions, asked: Backend = Backend.AUTO, *, world: World | None = None
+) -> Report:
+    """Read only: `differs` is what install_istio would change."""
+    world = world or Machine(adopt=True)
+    with world.lock():
+        chosen = _asked(asked, world.facts())
+        have = _read(world)
+    differs = tuple(map(str, diff(have, desired_istio(options, chosen.backend))))
+    return Report((), differs, (chosen.why,), have != EMPTY)
+
+
+def clean_istio(*, world: World | None = None) -> Report:
+    """Remove everything of ours, and what istio-iptables has made."""
+    return reconcile(EMPTY, world or Machine(adopt=True))
+
+
+def rules_istio(options: IstioOptions, asked: Backend = Backend.AUTO, *, facts: Facts) -> str:
+    """What install_istio would do, as `rules` has it."""
+    chosen = _asked(asked, facts)
+    return _text(desired_istio(options, chosen.backend), chosen.backend, [f"# {chosen.why}"])
+
+
+def _asked(asked: Backend, facts: Facts) -> BackendChoice:
+    return backend(Config(rules=Rules(backend=asked)), facts)
+
+
+# This machine -------------------------------------------------------------------------------------
 
 
 def facts() -> Facts:

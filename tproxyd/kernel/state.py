@@ -100,6 +100,25 @@ class Route:
 
 
 @dataclass(frozen=True, slots=True)
+class Address:
+    """An IPv6 address of lo."""
+
+    address: str
+    protocol: int
+
+    @property
+    def slot(self) -> tuple[object, ...]:
+        return ("address", self.address)
+
+    @property
+    def command(self) -> str:
+        return str(self).replace(" addr ", " addr add ")
+
+    def __str__(self) -> str:
+        return f"ip -6 addr {self.address}/128 dev lo proto {self.protocol}"
+
+
+@dataclass(frozen=True, slots=True)
 class PolicyRule:
     """Packets whose mark is `mark` under `mask` are routed by `table`."""
 
@@ -177,7 +196,7 @@ class Tables:
         return f"the firewall rules ({self.backend}, IPv{self.family})"
 
 
-Item = Sysctl | Route | UnknownRoute | PolicyRule | UnknownRule | Tables
+Item = Sysctl | Route | UnknownRoute | Address | PolicyRule | UnknownRule | Tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +208,7 @@ class KernelState:
     rules: tuple[PolicyRule | UnknownRule, ...] = ()
     firewall: Firewall = ()  # of nft
     iptables: tuple[Tables, ...] = ()
+    addresses: tuple[Address, ...] = ()
 
 
 EMPTY = KernelState()
@@ -250,6 +270,7 @@ def diff(have: KernelState, want: KernelState) -> tuple[Change, ...]:
         *_paired(have.routes, want.routes),
         *_paired(have.rules, want.rules),
         *_paired(have.iptables, want.iptables),
+        *_paired(have.addresses, want.addresses),
     ]
     if Counter(have.firewall) != Counter(want.firewall):
         stage = Stage.SET_FIREWALL if want.firewall else Stage.DROP_FIREWALL
@@ -294,7 +315,7 @@ def _stage(old: Item | None, new: Item | None) -> Stage:
     match new or old:
         case Sysctl():
             return Stage.ADD_SYSCTL if builds else Stage.DROP_SYSCTL
-        case Route() | UnknownRoute():
+        case Route() | UnknownRoute() | Address():
             return Stage.ADD_ROUTE if builds else Stage.DROP_ROUTE
         case Tables():
             return Stage.SET_FIREWALL if builds else Stage.DROP_FIREWALL
@@ -305,9 +326,15 @@ def _stage(old: Item | None, new: Item | None) -> Stage:
 # Text ---------------------------------------------------------------------------------------------
 
 
+def commands(state: KernelState) -> list[str]:
+    """What a shell would run for all but the firewall."""
+    parts = (*state.routes, *state.addresses, *state.sysctls, *state.rules)
+    return [item.command for item in parts]
+
+
 def render(state: KernelState) -> str:
     """The state for people: the commands that would make it, then the firewall in words."""
-    lines = [item.command for item in (*state.routes, *state.sysctls, *state.rules)]
+    lines = commands(state)
     for tables in state.iptables:
         lines += [tables.command, *_in_words(tables.chains)]
     lines += _in_words(state.firewall)

@@ -19,6 +19,7 @@ from tproxyd.kernel.state import (
     NUMBERS,
     OURS,
     REFLECT_V6,
+    Address,
     Change,
     KernelState,
     PolicyRule,
@@ -53,6 +54,7 @@ class FakeKernel:
     ) -> None:
         self.legacy_rules, self.nft = legacy_rules, nft
         self.tables: dict[tuple[object, ...], Tables] = {}
+        self.addresses: list[Address] = []
         self.ipv6, self.host_netns, self.lo_up, self.own = ipv6, host_netns, lo_up, own
         self.sysctls = dict(zip(MARK_SYSCTLS, sysctls, strict=True))
         self.writable = writable
@@ -99,6 +101,7 @@ class FakeKernel:
             ),
             routes=tuple(filter(is_ours, self.routes)),
             rules=tuple(filter(is_ours, self.rules)),
+            addresses=tuple(self.addresses),
         )
 
     def read_firewall(self) -> Firewall:
@@ -134,6 +137,11 @@ class FakeKernel:
                 assert firewall == self.firewall, f"replaces what is not there\n{self}"
                 assert firewall != new, f"replaces by the same\n{self}"
                 self.firewall = new
+            case None, Address() as new:
+                assert new not in self.addresses, f"{new} is there already\n{self}"
+                self.addresses.append(new)
+            case Address() as old, None:
+                self.addresses.remove(old)
             case old, Tables() as tables:
                 assert self.tables.get(tables.slot) == old, f"replaces what is not there\n{self}"
                 assert tables != old, f"replaces by the same\n{self}"
@@ -185,7 +193,10 @@ class FakeKernel:
 
     def __str__(self) -> str:
         tables = tuple(self.tables.values())
-        ours = KernelState((), tuple(self.routes), tuple(self.rules), self.firewall, tables)
+        addresses = tuple(self.addresses)
+        ours = KernelState(
+            *((), tuple(self.routes), tuple(self.rules), self.firewall, tables, addresses)
+        )
         return f"{render(ours)}{self.sysctls}\n{self.foreign_tables}\n"
 
 

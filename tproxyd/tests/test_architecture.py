@@ -57,6 +57,7 @@ PURE = {
     "kernel.desired",
     "kernel.iptchains",
     "kernel.istio",
+    "kernel.istioconfig",
     "kernel.iptlang",
     "kernel.iptread",
     "kernel.iptsave",
