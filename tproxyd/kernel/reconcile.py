@@ -198,8 +198,11 @@ def _text(want: KernelState, chosen: Backend, said: list[str]) -> str:
 # The scheme of istio-iptables, by that tool's own options -----------------------------------------
 
 
+Asked = Backend | BackendChoice  # of whoever has chosen already, and says why
+
+
 def install_istio(
-    options: IstioOptions, asked: Backend = Backend.AUTO, *, world: World | None = None
+    options: IstioOptions, asked: Asked = Backend.AUTO, *, world: World | None = None
 ) -> Report:
     """Make the state that istio-iptables is told to make, in the place of what it may have made."""
     world = world or Machine(adopt=True)
@@ -213,7 +216,7 @@ def install_istio(
 
 
 def check_istio(
-    options: IstioOptions, asked: Backend = Backend.AUTO, *, world: World | None = None
+    options: IstioOptions, asked: Asked = Backend.AUTO, *, world: World | None = None
 ) -> Report:
     """Read only: `differs` is what install_istio would change."""
     world = world or Machine(adopt=True)
@@ -229,13 +232,22 @@ def clean_istio(*, world: World | None = None) -> Report:
     return reconcile(EMPTY, world or Machine(adopt=True))
 
 
-def rules_istio(options: IstioOptions, asked: Backend = Backend.AUTO, *, facts: Facts) -> str:
+def left_istio() -> Report:
+    """Read only: `differs` is what clean_istio would change."""
+    with (machine := Machine(adopt=True)).lock():
+        have = _read(machine)
+    return Report((), tuple(map(str, diff(have, EMPTY))), (), have != EMPTY)
+
+
+def rules_istio(options: IstioOptions, asked: Asked = Backend.AUTO, *, facts: Facts) -> str:
     """What install_istio would do, as `rules` has it."""
     chosen = _asked(asked, facts)
     return _text(desired_istio(options, chosen.backend), chosen.backend, [f"# {chosen.why}"])
 
 
-def _asked(asked: Backend, facts: Facts) -> BackendChoice:
+def _asked(asked: Asked, facts: Facts) -> BackendChoice:
+    if isinstance(asked, BackendChoice):
+        return asked
     return backend(Config(rules=Rules(backend=asked)), facts)
 
 

@@ -1,0 +1,63 @@
+"""The kernel of this machine, as run.py asks it.
+
+Where no backend is named, istio-iptables takes legacy tables if there are rules in them, else the
+nft variant of iptables; so do we, and without an iptables, nft itself. (`tproxyd install`, of which
+nobody expects chains in iptables-save, takes nft at once.)
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from tproxyd.config import Backend
+from tproxyd.errors import KernelError
+from tproxyd.istio.options import IstioOptions
+from tproxyd.istio.run import Outcome
+from tproxyd.kernel import reconcile
+from tproxyd.kernel.desired import BackendChoice, Facts
+from tproxyd.kernel.iptables import Iptables
+from tproxyd.kernel.nft import Nft
+
+
+class Machine:
+    """In the network namespace of the calling thread."""
+
+    def has_ipv6(self) -> bool:
+        return self._facts.ipv6
+
+    def install(self, options: IstioOptions, backend: str) -> Outcome:
+        report = reconcile.install_istio(options, self._chosen(backend))
+        return Outcome(report.changed, report.notes, report.installed)
+
+    def differs(self, options: IstioOptions, backend: str) -> Outcome:
+        report = reconcile.check_istio(options, self._chosen(backend))
+        return Outcome(report.differs, report.notes, report.installed)
+
+    def rules(self, options: IstioOptions, backend: str) -> str:
+        return reconcile.rules_istio(options, self._chosen(backend), facts=self._facts)
+
+    def clean(self) -> Outcome:
+        return Outcome(reconcile.clean_istio().changed)
+
+    def left(self) -> Outcome:
+        report = reconcile.left_istio()
+        return Outcome(report.differs, installed=report.installed)
+
+    @cached_property
+    def _facts(self) -> Facts:
+        return reconcile.facts()
+
+    def _chosen(self, backend: str) -> Backend | BackendChoice:
+        asked = Backend(backend)
+        if asked is Backend.AUTO and not self._facts.legacy_rules and _has_iptables():
+            why = f"backend {Backend.IPTABLES_NFT}: there is an iptables, as istio-iptables uses it"
+            return BackendChoice(Backend.IPTABLES_NFT, why)
+        return asked
+
+
+def _has_iptables() -> bool:
+    try:
+        Iptables(Nft()).probe()
+    except KernelError:
+        return False
+    return True
