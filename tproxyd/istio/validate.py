@@ -8,7 +8,7 @@ what the application says arrives at the client. What can be done depends on wha
 - wire, with CAP_NET_ADMIN and CAP_NET_RAW: all of it.
 - lo, with CAP_NET_RAW, TPROXY: the client is a call of the proxy's own to this host, which the
   rules know by its mark and hand over likewise; then the spoofed connection, and its answer.
-- nat, as the user or group of the proxy, without any capability: what istio-iptables itself does. A
+- nat, as the user of the proxy, without any capability: what istio-iptables itself does. A
   connection to 127.0.0.6 must arrive at the inbound port. It shows that the nat rules stand, in
   TPROXY mode too, and nothing of what is special there.
 
@@ -112,11 +112,11 @@ def _best_way(options: IstioOptions, stack: contextlib.ExitStack) -> _Way:
         with contextlib.suppress(OSError):  # a kernel without veth
             stack.enter_context(Wire(options.ipv6))
             return _Way("over a wire", HERE, FarClient, home=True)
-    is_proxy = os.geteuid() in options.proxy_uids or os.getegid() in options.proxy_gids
     if CAP_NET_RAW in able and options.mode is Mode.TPROXY:
         own = {v6: host for v6 in (False, True) if (host := _own_address(v6))}
         return _Way("over lo, as a call of the proxy's", own, _self_call, home=True)
-    if is_proxy:
+    # Calls through lo of all others are left alone, before any other user or group is asked for.
+    if os.geteuid() == options.proxy_uids[0]:
         hosts = {False: PASSTHROUGH_V4, True: PASSTHROUGH_V6}
         return _Way("over lo, by nat only", hosts, _loopback_call, home=False)
     raise Invalid(
