@@ -121,6 +121,7 @@ def words(rule: Rule, family: Family) -> str:
                 raise ValueError("a rule is of one IP version here")
             case _:
                 assert_never(match)
+    head.sort(key=lambda text: "sdio".index(text.lstrip("! -")[0]))
     flags = ["-m tcp", *tcp] if tcp else []
     return " ".join(filter(None, [*head, protocol, *flags, *more, _target(rule.action)]))
 

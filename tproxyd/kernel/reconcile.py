@@ -50,7 +50,7 @@ from tproxyd.kernel.legacy import Legacy
 from tproxyd.kernel.nft import Nft
 from tproxyd.kernel.nftlang import render
 from tproxyd.kernel.routing import Routing
-from tproxyd.kernel.state import EMPTY, Change, KernelState, Stage, Tables, commands, diff
+from tproxyd.kernel.state import EMPTY, Change, KernelState, Stage, Tables, diff, made_by
 
 LOCK_NAME = "\0tproxyd/kernel"
 # A whole reconcile takes tens of milliseconds, an nft command of an overloaded machine seconds.
@@ -187,12 +187,13 @@ def rules(config: Config, *, facts: Facts) -> str:
 
 
 def _text(want: KernelState, chosen: Backend, said: list[str]) -> str:
-    head = "".join(f"{line}\n" for line in (*said, *(f"# {each}" for each in commands(want)), ""))
+    head = "".join(f"{line}\n" for line in (*said, *(f"# {each}" for each in made_by(want)), ""))
     if chosen is Backend.NFT:
         return head + render(want.firewall)
+    commands = {4: "iptables", 6: "ip6tables"}
     variant = "nft" if chosen is Backend.IPTABLES_NFT else "legacy"
-    tools = f"# iptables-{variant}-restore --noflush -w, ip6tables-{variant}-restore --noflush -w"
-    return f"{head}{tools}\n{iptsave.render(want.iptables)}"
+    tools = [f"{commands[each.family]}-{variant}-restore --noflush -w" for each in want.iptables]
+    return f"{head}# {' and '.join(tools)}\n{iptsave.render(want.iptables)}"
 
 
 # The scheme of istio-iptables, by that tool's own options -----------------------------------------

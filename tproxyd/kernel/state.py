@@ -326,7 +326,7 @@ def _stage(old: Item | None, new: Item | None) -> Stage:
 # Text ---------------------------------------------------------------------------------------------
 
 
-def commands(state: KernelState) -> list[str]:
+def made_by(state: KernelState) -> list[str]:
     """What a shell would run for all but the firewall."""
     parts = (*state.routes, *state.addresses, *state.sysctls, *state.rules)
     return [item.command for item in parts]
@@ -334,7 +334,7 @@ def commands(state: KernelState) -> list[str]:
 
 def render(state: KernelState) -> str:
     """The state for people: the commands that would make it, then the firewall in words."""
-    lines = commands(state)
+    lines = made_by(state)
     for tables in state.iptables:
         lines += [tables.command, *_in_words(tables.chains)]
     lines += _in_words(state.firewall)
