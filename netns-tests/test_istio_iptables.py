@@ -217,6 +217,70 @@ def test_ipv6_is_taken_though_the_first_address_is_not(net: Topology) -> None:
     serves(net, V6)
 
 
+# In the very place of istio-iptables --------------------------------------------------------------
+
+# What that program leaves in a namespace, as far as it has no name; the rule of two runs.
+LEFT = (
+    "ip -4 rule add fwmark 1337 lookup 133",
+    "ip -4 rule add priority 30000 fwmark 1337 lookup 133",
+    "ip -6 rule add fwmark 1337 lookup 133",
+    "ip -4 route add local default dev lo table 133",
+    "ip -6 route add local default dev lo table 133",
+    "ip -6 addr add ::6/128 dev lo",
+)
+# And what is not of its shape.
+OTHERS = (
+    "ip -4 rule add priority 100 fwmark 1337/0xffff lookup 133",
+    "ip -4 rule add priority 101 from 10.9.1.2 fwmark 1337 lookup 133",
+    "ip -4 rule add priority 102 fwmark 1337 lookup 134",
+    "ip -4 rule add priority 103 protocol 99 fwmark 1337 lookup 133",
+    "ip -4 route add local 198.51.100.0/24 dev lo table 133",
+    "ip -4 route add default dev p0 table 134",
+    "ip -6 addr add ::7/128 dev lo",
+)
+
+
+def leave_chains(net: Topology, words: tuple[str, ...]) -> None:
+    """Chains as istio-iptables has made them: without our marks on them."""
+    text = done(net.pod, *words, "--force-iptables-binary", "nft", "--dry-run")
+    lines = [each for each in text.splitlines() if "TPROXYD" not in each]
+    plain = "\n".join(lines).replace(" -m comment --comment tproxyd", "") + "\n"
+    assert "ISTIO_INBOUND" in plain
+    assert "tproxyd" not in plain.lower()
+    for command in "iptables-nft-restore", "ip6tables-nft-restore":
+        net.pod.run(command, "--noflush", stdin=plain)
+
+
+def test_what_istio_iptables_left_goes_and_nothing_else(net: Topology) -> None:
+    for each in OTHERS:
+        net.pod.run(*each.split())
+    before = _without_tables(net.pod.dump())
+    for each in LEFT:
+        net.pod.run(*each.split())
+    leave_chains(net, INJECTED)
+    assert "remove istio-iptables' ip -4 rule" in done(net.pod, "--cleanup-only", "--dry-run")
+    done(net.pod, "--cleanup-only")
+    assert _without_tables(net.pod.dump()) == before
+    assert done(net.pod, "--cleanup-only") == "nothing to remove\n"
+
+
+def test_installs_in_the_place_of_istio_iptables(net: Topology, family: Family) -> None:
+    for each in LEFT:
+        net.pod.run(*each.split())
+    leave_chains(net, INJECTED)
+    found = istio_iptables(net.pod, *INJECTED, "--reconcile=false")
+    assert found.returncode == 1
+    done(net.pod, *INJECTED)
+    assert done(net.pod, *INJECTED) == "nothing to change\n"
+    assert net.pod.run("ip", "rule").count("lookup 133") == 1
+    serves(net, family)
+
+
+def _without_tables(dump: str) -> str:
+    """Empty tables of iptables stay where others have made them, and do nothing."""
+    return dump.partition("$ ip -4 rule show")[2]
+
+
 # The validation -----------------------------------------------------------------------------------
 
 

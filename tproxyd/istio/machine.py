@@ -11,6 +11,7 @@ from functools import cached_property
 
 from tproxyd.config import Backend
 from tproxyd.errors import KernelError
+from tproxyd.istio import leftovers
 from tproxyd.istio.options import IstioOptions
 from tproxyd.istio.run import Outcome
 from tproxyd.kernel import reconcile
@@ -26,22 +27,29 @@ class Machine:
         return self._facts.ipv6
 
     def install(self, options: IstioOptions, backend: str) -> Outcome:
-        report = reconcile.install_istio(options, self._chosen(backend))
-        return Outcome(report.changed, report.notes, report.installed)
+        """Where istio-iptables itself was before, its chains are changed into ours in one step; its
+        routes have to make room for ours, for some milliseconds.
+        """
+        chosen = self._chosen(backend)
+        removed = _remove(options)
+        report = reconcile.install_istio(options, chosen)
+        return Outcome((*removed, *report.changed), report.notes, report.installed)
 
     def differs(self, options: IstioOptions, backend: str) -> Outcome:
+        found = _would_remove(options)
         report = reconcile.check_istio(options, self._chosen(backend))
-        return Outcome(report.differs, report.notes, report.installed)
+        installed = report.installed or bool(found)
+        return Outcome((*found, *report.differs), report.notes, installed)
 
     def rules(self, options: IstioOptions, backend: str) -> str:
         return reconcile.rules_istio(options, self._chosen(backend), facts=self._facts)
 
-    def clean(self) -> Outcome:
-        return Outcome(reconcile.clean_istio().changed)
+    def clean(self, options: IstioOptions) -> Outcome:
+        changed = reconcile.clean_istio().changed
+        return Outcome((*changed, *_remove(options)))
 
-    def left(self) -> Outcome:
-        report = reconcile.left_istio()
-        return Outcome(report.differs, installed=report.installed)
+    def left(self, options: IstioOptions) -> Outcome:
+        return Outcome((*reconcile.check_istio(None).differs, *_would_remove(options)))
 
     @cached_property
     def _facts(self) -> Facts:
@@ -53,6 +61,16 @@ class Machine:
             why = f"backend {Backend.IPTABLES_NFT}: there is an iptables, as istio-iptables uses it"
             return BackendChoice(Backend.IPTABLES_NFT, why)
         return asked
+
+
+def _would_remove(options: IstioOptions) -> list[str]:
+    return [f"remove {each.text}" for each in leftovers.find(options.mark, options.table)]
+
+
+def _remove(options: IstioOptions) -> list[str]:
+    found = leftovers.find(options.mark, options.table)
+    leftovers.remove(found)
+    return [f"remove {each.text}" for each in found]
 
 
 def _has_iptables() -> bool:

@@ -53,9 +53,11 @@ class Kernel(Protocol):
         """Read only: what install makes, as a text."""
         ...
 
-    def clean(self) -> Outcome: ...
+    def clean(self, options: IstioOptions) -> Outcome:
+        """Of the options only the mark and the table count, and only for what is not ours."""
+        ...
 
-    def left(self) -> Outcome:
+    def left(self, options: IstioOptions) -> Outcome:
         """Read only: what clean would do."""
         ...
 
@@ -107,10 +109,10 @@ def carry_out(
 
 def _clean(invocation: Invocation, kernel: Kernel, log: Log) -> None:
     if invocation.dry_run:
-        for line in kernel.left().changes or ("nothing to remove",):
+        for line in kernel.left(invocation.options).changes or ("nothing to remove",):
             sys.stdout.write(f"# {line}\n")
         return
-    log.tell(kernel.clean(), "nothing to remove")
+    log.tell(kernel.clean(invocation.options), "nothing to remove")
 
 
 def _install(invocation: Invocation, options: IstioOptions, kernel: Kernel, log: Log) -> None:

@@ -29,6 +29,7 @@ from types import TracebackType
 from typing import NamedTuple
 
 from tproxyd.addr import Endpoint
+from tproxyd.kernel.netlink import Netlink
 
 NEAR, FAR = "tproxyd-near", "tproxyd-far"
 HERE = {False: "192.0.2.2", True: "2001:db8::2"}  # by whether it is IPv6
@@ -38,8 +39,7 @@ _NEAR_MAC, _NOBODYS_MAC = bytes.fromhex("027470787902"), bytes.fromhex("02747078
 
 # linux/rtnetlink.h, linux/netlink.h
 _NEWLINK, _DELLINK, _NEWADDR, _NEWNEIGH = 16, 17, 20, 28
-_REQUEST, _ACK, _NEW = 0x1, 0x4, 0x600  # NLM_F_CREATE | NLM_F_EXCL
-_ERROR = 2
+_NEW = 0x600  # NLM_F_CREATE | NLM_F_EXCL
 _UP = 1  # IFF_UP
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_LINKINFO = 1, 3, 18
 _INFO_KIND, _INFO_DATA, _VETH_PEER = 1, 2, 1
@@ -47,7 +47,7 @@ _IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS, _IFA_F_NODAD = 1, 2, 8, 0x02
 _NDA_DST, _NDA_LLADDR, _NUD_PERMANENT = 1, 2, 0x80
 
 _ETHERTYPE = {False: 0x0800, True: 0x86DD}
-_FIN, _SYN, _RST, _PSH, _ACK_FLAG = 0x01, 0x02, 0x04, 0x08, 0x10
+_FIN, _SYN, _RST, _PSH, _ACK = 0x01, 0x02, 0x04, 0x08, 0x10
 _RESEND_S = 0.2
 
 
@@ -126,14 +126,8 @@ def _attribute(kind: int, value: bytes) -> bytes:
 
 
 def _ask(kind: int, flags: int, body: bytes) -> None:
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as sock:
-        head = struct.pack("=IHHII", 16 + len(body), kind, _REQUEST | _ACK | flags, 1, 0)
-        sock.send(head + body)
-        answer = sock.recv(8192)
-    if struct.unpack_from("=IH", answer)[1] == _ERROR:
-        (code,) = struct.unpack_from("=i", answer, 16)
-        if code:
-            raise OSError(-code, os.strerror(-code))
+    with contextlib.closing(Netlink()) as netlink:
+        netlink.write(kind, body, flags)
 
 
 # The client -------------------------------------------------------------------------------------
@@ -164,7 +158,7 @@ class FarClient:
         """The other end is reset, if it is there."""
         with contextlib.suppress(OSError):
             if self._expected:
-                self._send(_RST | _ACK_FLAG)
+                self._send(_RST | _ACK)
         self._sock.close()
 
     def connect(self, where: Endpoint, until: float) -> None:
@@ -174,13 +168,13 @@ class FarClient:
             answer = self._receive(min(until, time.monotonic() + _RESEND_S))
             if answer and answer.flags & _RST:
                 raise OSError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
-            if answer and answer.flags & (_SYN | _ACK_FLAG) == _SYN | _ACK_FLAG:
+            if answer and answer.flags & (_SYN | _ACK) == _SYN | _ACK:
                 break
             if time.monotonic() >= until:
                 raise TimeoutError
         self._next = _wrap(self._next + 1)
         self._expected = _wrap(answer.number + 1)
-        self._send(_ACK_FLAG)
+        self._send(_ACK)
 
     def receive(self, until: float) -> bytes:
         """The bytes of the next segment that has some."""
@@ -192,7 +186,7 @@ class FarClient:
                 raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
             if segment.payload and segment.number == self._expected:
                 self._expected = _wrap(self._expected + len(segment.payload))
-                self._send(_ACK_FLAG)
+                self._send(_ACK)
                 return segment.payload
 
     def _receive(self, until: float) -> _Segment | None:

@@ -123,7 +123,10 @@ class Netlink:
 
     def remove(self, kind: int, what: Item) -> None:
         """RTM_DELROUTE or RTM_DELRULE for an item as it was listed."""
-        for _ in self._ask(kind, _ACK, what.raw):
+        self.write(kind, what.raw)
+
+    def write(self, kind: int, body: bytes, flags: int = 0) -> None:
+        for _ in self._ask(kind, _ACK | flags, body):
             pass
 
     def _ask(self, kind: int, flags: int, body: bytes) -> Iterator[bytes]:

@@ -217,27 +217,20 @@ def install_istio(
 
 
 def check_istio(
-    options: IstioOptions, asked: Asked = Backend.AUTO, *, world: World | None = None
+    options: IstioOptions | None, asked: Asked = Backend.AUTO, *, world: World | None = None
 ) -> Report:
-    """Read only: `differs` is what install_istio would change."""
+    """Read only: `differs` is what install_istio would change; of None, what clean_istio would."""
     world = world or Machine(adopt=True)
     with world.lock():
         chosen = _asked(asked, world.facts())
         have = _read(world)
-    differs = tuple(map(str, diff(have, desired_istio(options, chosen.backend))))
-    return Report((), differs, (chosen.why,), have != EMPTY)
+    want = EMPTY if options is None else desired_istio(options, chosen.backend)
+    return Report((), tuple(map(str, diff(have, want))), (chosen.why,), have != EMPTY)
 
 
 def clean_istio(*, world: World | None = None) -> Report:
     """Remove everything of ours, and what istio-iptables has made."""
     return reconcile(EMPTY, world or Machine(adopt=True))
-
-
-def left_istio() -> Report:
-    """Read only: `differs` is what clean_istio would change."""
-    with (machine := Machine(adopt=True)).lock():
-        have = _read(machine)
-    return Report((), tuple(map(str, diff(have, EMPTY))), (), have != EMPTY)
 
 
 def rules_istio(options: IstioOptions, asked: Asked = Backend.AUTO, *, facts: Facts) -> str:

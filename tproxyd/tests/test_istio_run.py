@@ -44,13 +44,13 @@ class FakeKernel:
         self.asked.append("rules")
         return f"# {options.mode} {backend}\n"
 
-    def clean(self) -> Outcome:
+    def clean(self, options: IstioOptions) -> Outcome:
         self.asked.append("clean")
         changes = ("remove everything",) if self.holds else ()
         self.holds = None
         return Outcome(changes)
 
-    def left(self) -> Outcome:
+    def left(self, options: IstioOptions) -> Outcome:
         self.asked.append("left")
         return Outcome(("remove everything",) if self.holds else ())
 
