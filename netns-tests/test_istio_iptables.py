@@ -5,6 +5,8 @@ In the pod, instead of istio-init; `run` installs nothing here, as beside an ini
 
 from __future__ import annotations
 
+import fcntl
+import importlib.util
 import os
 import subprocess
 import sys
@@ -21,11 +23,16 @@ INJECTED = (
     *("-i", "*", "-x", "", "-b", "*", "-d", "15090,15021,15020"),
 )
 # Istio names no backend, and takes what the node has.
+LEGACY = ("--force-iptables-binary", "legacy")
 BACKENDS = {
     "as-found": (),
     "nft": ("--native-nftables",),
     "iptables-nft": ("--force-iptables-binary", "nft"),
+    "iptables-legacy": LEGACY,
 }
+NEEDS_LEGACY = pytest.mark.skipif(
+    importlib.util.find_spec("iptc") is None, reason="needs python-iptables, the extra `legacy`"
+)
 
 
 def istio_iptables(
@@ -49,7 +56,12 @@ def done(where: Namespace, *words: str, **environ: str) -> str:
     return found.stdout
 
 
-@pytest.fixture(params=BACKENDS, ids=str)
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=[NEEDS_LEGACY] if words is LEGACY else [])
+        for name, words in BACKENDS.items()
+    ]
+)
 def backend(request: pytest.FixtureRequest) -> tuple[str, ...]:
     return BACKENDS[request.param]
 
@@ -71,6 +83,9 @@ def test_in_place_of_istio_init(net: Topology, family: Family, backend: tuple[st
     serves(net, family)
     done(net.pod, "--cleanup-only")
     assert net.pod.dump() == before
+    if backend is LEGACY:  # which the dump has not
+        for command in "iptables-legacy-save", "ip6tables-legacy-save":
+            assert not [each for each in net.pod.run(command).splitlines() if "-A" in each]
 
 
 def test_twice_is_harmless(net: Topology, backend: tuple[str, ...]) -> None:
@@ -202,6 +217,15 @@ def test_in_another_namespace_by_its_path(net: Topology) -> None:
     assert net.client.dump() == before
     serves(net, V4)
     assert istio_iptables(net.client, "--network-namespace", "/nowhere").returncode == 3
+
+
+@NEEDS_LEGACY
+def test_cni_mode_does_not_wait_for_the_lock_of_the_host(net: Topology) -> None:
+    with Path("/run/xtables.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        path = f"/run/netns/{net.pod.name}"
+        words = ("--network-namespace", path, "--cni-mode", *LEGACY)
+        assert "legacy" in done(net.client, *INJECTED, *words)
 
 
 def test_without_ipv6(net: Topology) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import grp
 import json
+import os
 import pwd
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -77,6 +78,10 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         log = Log(invocation.level, invocation.as_json)
         if invocation.network_namespace:
             _enter(invocation)
+        if invocation.cni_mode:
+            # The lock of legacy iptables is a file of the host's, and the tables are a pod's: its
+            # namespace stands in, which is what Istio does with that variable of iptables'.
+            os.environ["XTABLES_LOCKFILE"] = invocation.network_namespace
         from tproxyd.istio.machine import Machine
 
         carry_out(invocation, Machine(), log)

@@ -41,7 +41,8 @@ from tproxyd.kernel.iptchains import PREFIX
 from tproxyd.kernel.iptsave import ISTIO_PREFIX, OWNER, Listing, ours, script
 from tproxyd.kernel.state import Tables
 
-# iptables/xshared.h, XT_LOCK_NAME; older ones had it in /var/run, which is the same.
+# iptables/xshared.h, XT_LOCK_NAME; older ones had it in /var/run, which is the same. As for those
+# commands, the variable XTABLES_LOCKFILE names another one.
 LOCK = "/run/xtables.lock"
 LOCK_PATIENCE_S = 5.0
 _CHILD = "from tproxyd.kernel.legacy import child; child()"
@@ -180,11 +181,12 @@ class _Refusal(Exception):
 @contextlib.contextmanager
 def _locked() -> Iterator[None]:
     """The lock of the iptables commands, which wait for it with -w."""
+    path = os.environ.get("XTABLES_LOCKFILE", LOCK)
     try:
-        fd = os.open(LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        fd = os.open(path, os.O_CREAT | os.O_RDONLY | os.O_CLOEXEC, 0o600)
     except OSError as error:
         hint = "run it as root: the lock of legacy iptables is a file of root's"
-        raise _Refusal(f"{LOCK}: {error.strerror}", hint) from None
+        raise _Refusal(f"{path}: {error.strerror}", hint) from None
     try:
         deadline = time.monotonic() + LOCK_PATIENCE_S
         while True:
@@ -193,8 +195,8 @@ def _locked() -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    why = f"another program has held {LOCK} for {LOCK_PATIENCE_S:g} s"
-                    raise _Refusal(why, f"fuser {LOCK} names it") from None
+                    why = f"another program has held {path} for {LOCK_PATIENCE_S:g} s"
+                    raise _Refusal(why, f"fuser {path} names it") from None
                 time.sleep(0.01)
         yield
     finally:
