@@ -88,6 +88,20 @@ def test_in_place_of_istio_init(net: Topology, family: Family, backend: tuple[st
             assert not [each for each in net.pod.run(command).splitlines() if "-A" in each]
 
 
+def test_redirect_mode(net: Topology, family: Family, backend: tuple[str, ...]) -> None:
+    """The application sees Istio's 127.0.0.6 or ::6, as it does there."""
+    before = net.pod.dump()
+    done(net.pod, *INJECTED, "-m", "REDIRECT", *backend)
+    listener = '[[listener]]\nsource = "proxy"\nintercept = { via = "redirect" }\n'
+    with Daemon(net.pod, listener, install=False):
+        pair = net.pair(family)
+        assert pair.app.getpeername()[0] == ("::6" if family is V6 else "127.0.0.6")
+        pair.app.sendall(b"pong")
+        assert pair.client.recv(4) == b"pong"
+    done(net.pod, "--cleanup-only")
+    assert net.pod.dump() == before
+
+
 def test_twice_is_harmless(net: Topology, backend: tuple[str, ...]) -> None:
     done(net.pod, *INJECTED, *backend)
     once = net.pod.dump()
@@ -319,6 +333,16 @@ def test_validation(net: Topology, backend: tuple[str, ...], mode: str) -> None:
         assert line.endswith(f"; the application saw {source}, and its answer came back")
     done(net.pod, "--cleanup-only")
     assert net.pod.dump() == before  # the wire is gone too
+
+
+def test_the_wire_of_a_killed_validation_goes(net: Topology) -> None:
+    before = net.pod.run("ip", "link")
+    net.pod.ip("link add tproxyd-near type veth peer name tproxyd-far")
+    done(net.pod, *INJECTED, "--run-validation")
+    assert net.pod.run("ip", "link") == before
+    net.pod.ip("link add tproxyd-near type veth peer name tproxyd-far")
+    assert "remove tproxyd-near" in done(net.pod, "--cleanup-only")
+    assert net.pod.run("ip", "link") == before
 
 
 BREAKS = {

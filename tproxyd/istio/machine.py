@@ -11,9 +11,10 @@ from functools import cached_property
 
 from tproxyd.config import Backend
 from tproxyd.errors import KernelError
-from tproxyd.istio import leftovers
+from tproxyd.istio import leftovers, wire
 from tproxyd.istio.options import IstioOptions
 from tproxyd.istio.run import Outcome
+from tproxyd.istio.wire import NEAR
 from tproxyd.kernel import reconcile
 from tproxyd.kernel.desired import BackendChoice, Facts
 from tproxyd.kernel.iptables import Iptables
@@ -45,8 +46,10 @@ class Machine:
         return reconcile.rules_istio(options, self._chosen(backend), facts=self._facts)
 
     def clean(self, options: IstioOptions) -> Outcome:
-        changed = reconcile.clean_istio().changed
-        return Outcome((*changed, *_remove(options)))
+        changed = [*reconcile.clean_istio().changed, *_remove(options)]
+        if _remove_wire():
+            changed.append(f"remove {NEAR}, a validation's wire")
+        return Outcome(tuple(changed))
 
     def left(self, options: IstioOptions) -> Outcome:
         return Outcome((*reconcile.check_istio(None).differs, *_would_remove(options)))
@@ -61,6 +64,14 @@ class Machine:
             why = f"backend {Backend.IPTABLES_NFT}: there is an iptables, as istio-iptables uses it"
             return BackendChoice(Backend.IPTABLES_NFT, why)
         return asked
+
+
+def _remove_wire() -> bool:
+    try:
+        return wire.remove()
+    except OSError as error:
+        hint = f"ip link delete {NEAR}"
+        raise KernelError(f"remove {NEAR}", error.strerror or str(error), hint) from error
 
 
 def _would_remove(options: IstioOptions) -> list[str]:

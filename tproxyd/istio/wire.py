@@ -58,7 +58,7 @@ class Wire:
         self._families = [False, True] if ipv6 else [False]
 
     def __enter__(self) -> Wire:
-        _remove()  # one that a killed process has left
+        remove()
         peer = _link(0) + _attribute(_IFLA_IFNAME, FAR.encode() + b"\0")
         data = _attribute(_INFO_DATA, _attribute(_VETH_PEER, peer))
         _ask(
@@ -75,7 +75,7 @@ class Wire:
             for v6 in self._families:
                 self._address(v6)
         except BaseException:
-            _remove()
+            remove()
             raise
         return self
 
@@ -85,7 +85,7 @@ class Wire:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        _remove()
+        remove()
 
     def _address(self, v6: bool) -> None:
         family, index = _family(v6), socket.if_nametoindex(NEAR)
@@ -111,9 +111,14 @@ def _family(v6: bool) -> socket.AddressFamily:
     return socket.AF_INET6 if v6 else socket.AF_INET
 
 
-def _remove() -> None:
-    with contextlib.suppress(OSError):  # there is none
-        _ask(_DELLINK, 0, _link(socket.if_nametoindex(NEAR)))
+def remove() -> bool:
+    """Whether there was one, left by a killed process. Raises OSError."""
+    try:
+        index = socket.if_nametoindex(NEAR)
+    except OSError:
+        return False
+    _ask(_DELLINK, 0, _link(index))
+    return True
 
 
 def _link(index: int, flags: int = 0) -> bytes:
