@@ -79,9 +79,9 @@ def words(rule: Rule, family: Family) -> str:
                         more.add("--dst-range", ends, negate)
             case InInterface(names):
                 (name,) = names
-                head.add("-i", f"{name[:-1]}+" if name.endswith("*") else name)
+                head.add("-i", _plus(name))
             case OutInterface(name):
-                head.add("-o", name)
+                head.add("-o", _plus(name))
             case Tcp():
                 protocol = "-p tcp"
             case NotTcp():
@@ -167,6 +167,11 @@ def _target(action: Action) -> str:
             raise ValueError("two targets are two rules here")
         case _:
             assert_never(action)
+
+
+def _plus(interface: str) -> str:
+    """The sign for any ending."""
+    return f"{interface[:-1]}+" if interface.endswith("*") else interface
 
 
 def _only(prefixes: PrefixSet) -> str:

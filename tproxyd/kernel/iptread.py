@@ -170,9 +170,9 @@ class _Reader:
                 there = PrefixSet([ipaddress.ip_network(value)])
                 return DestinationIn(self._family, there, negate)
             case _Option("-i", value, False):
-                return InInterface((f"{value[:-1]}*" if value.endswith("+") else value,))
+                return InInterface((_star(value),))
             case _Option("-o", value, False):
-                return OutInterface(value)
+                return OutInterface(_star(value))
             case _Option("--tcp-flags", "FIN,SYN,RST,ACK SYN", negate):
                 return Syn(negate)
             case _Option("--dst-type", "LOCAL", negate):
@@ -244,6 +244,10 @@ class _Reader:
             case name if "_" in name and not more:  # as in every chain of ours, and in no target
                 return Jump(name)
         raise ValueError(self._target)
+
+
+def _star(interface: str) -> str:
+    return f"{interface[:-1]}*" if interface.endswith("+") else interface
 
 
 def _range(text: str, sign: str) -> tuple[int, int]:

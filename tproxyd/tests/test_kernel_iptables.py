@@ -72,9 +72,9 @@ SAVED: list[tuple[str, Rule]] = [
     ("-j RETURN", rule(Verdict.RETURN)),
     ("-s 10.0.0.0/8 -j ACCEPT", rule(Verdict.ACCEPT, SourceIn(4, prefixes("10.0.0.0/8")))),
     (
-        "! -d 127.0.0.1/32 -o lo -p tcp -m owner --uid-owner 7 -j MARK --set-xmark 0x53a/0xffffffff",
+        "! -d 127.0.0.1/32 -o lo -p tcp -m owner --uid-owner 7 -j MARK --set-xmark 0x5/0xffffffff",
         rule(
-            SetPacketMark(0x53A, FULL_MASK),
+            SetPacketMark(5, FULL_MASK),
             DestinationIn(4, prefixes("127.0.0.1"), negate=True),
             OutInterface("lo"),
             Tcp(),
@@ -216,6 +216,7 @@ def test_what_is_not_in_the_algebra(line: str) -> None:
 
 def lower(family: Family, *rules: Rule) -> list[str]:
     (chain,) = lowered([Chain("TPROXYD_C", None, rules)], family)
+    assert isinstance(chain, Chain)
     return [words(each, family) for each in chain.rules if isinstance(each, Rule)]
 
 
