@@ -1,6 +1,9 @@
 """The command line: verbs change state, nouns only read.
 
-    run exec install clean        rules check doctor status
+    run exec install clean        rules check doctor status        istio-iptables
+
+The last one is Istio's tool of that name, with its flags, its messages and its exit codes
+(istio/run.py); who calls this program by that name gets it without saying so again.
 
 Exit codes, given in one place (`main`): 0 fine; 1 a problem found; 2 usage or configuration; 3 the
 kernel refused. An expected failure is one sentence on stderr, "can't <do>: <why>; <what to try>",
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from tproxyd.proc.run_command import User
 
 DEFAULT_FILE = "/etc/tproxyd/tproxyd.toml"
+ISTIO_IPTABLES = "istio-iptables"
 
 FINE, FOUND, USAGE, REFUSED = 0, 1, 2, 3
 _INTERRUPTED, _PIPE_CLOSED = 128 + 2, 128 + 13  # as a shell reports SIGINT and SIGPIPE
@@ -42,10 +46,14 @@ class Unreachable(TproxydError):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
-    args = _arguments().parse_args(argv)
-    command: Callable[[argparse.Namespace], int] = args.command
+    words = _words() if argv is None else list(argv)
     try:
-        code = command(args)
+        if words[:1] == [ISTIO_IPTABLES]:
+            code = istio_iptables(words[1:])
+        else:
+            args = _arguments().parse_args(words)
+            command: Callable[[argparse.Namespace], int] = args.command
+            code = command(args)
         sys.stdout.flush()
         return code
     except ConfigError as error:
@@ -60,6 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Who read our output has seen enough (| head). The interpreter would flush once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _PIPE_CLOSED
+
+
+def _words() -> list[str]:
+    called, *words = sys.argv
+    return [ISTIO_IPTABLES, *words] if os.path.basename(called) == ISTIO_IPTABLES else words
 
 
 def _failed(error: TproxydError, code: int) -> int:
@@ -103,16 +116,21 @@ def _arguments() -> argparse.ArgumentParser:
         help="names or numbers: whom CMD runs as; by default as tproxyd, without a capability",
     )
     beside.add_argument("argv", nargs="+", metavar="-- CMD", help="it starts when the rules stand")
-    command(install, "make the kernel state: rules, routes, firewall")
+    for each in (
+        command(install, "make the kernel state: rules, routes, firewall"),
+        command(rules, "print what install would make"),
+    ):
+        each.add_argument(
+            "--backend",
+            choices=[str(one) for one in Backend],
+            help="instead of the one in the configuration",
+        )
     command(clean, "remove all kernel state of tproxyd, whatever configuration made it")
-    command(rules, "print what install would make").add_argument(
-        "--backend",
-        choices=[str(each) for each in Backend],
-        help="instead of the one in the configuration",
-    )
     command(check, "check the configuration only")
     command(doctor, "find out why it does not work").add_argument("--json", action="store_true")
     command(status, "show the running daemon").add_argument("--json", action="store_true")
+    # Only so that it is listed: its command line is not argparse's to read.
+    commands.add_parser(ISTIO_IPTABLES, help="what Istio's tool of that name does; see its --help")
     return parser
 
 
@@ -157,7 +175,7 @@ def exec(args: argparse.Namespace) -> int:
 
 
 def install(args: argparse.Namespace) -> int:
-    config = read_config(args.config)
+    config = _with_backend(args)
     from tproxyd.kernel import reconcile
 
     report = reconcile.install(config)
@@ -177,16 +195,19 @@ def clean(_: argparse.Namespace) -> int:
     return FINE
 
 
+def istio_iptables(words: list[str]) -> int:
+    from tproxyd.istio import run
+
+    return run.main(words, os.environ)
+
+
 # Nouns -------------------------------------------------------------------------------------------
 
 
 def rules(args: argparse.Namespace) -> int:
-    config = read_config(args.config)
+    config = _with_backend(args)
     from tproxyd.kernel import reconcile
 
-    if args.backend is not None:
-        chosen = dataclasses.replace(config.rules, backend=Backend(args.backend))
-        config = dataclasses.replace(config, rules=chosen)
     print(reconcile.rules(config, facts=reconcile.facts()), end="")
     return FINE
 
@@ -256,6 +277,14 @@ def read_config(path: str | None) -> Config:
         why = f"not UTF-8, which TOML is: byte {error.start}"
         raise ConfigError(path or DEFAULT_FILE, (Problem("", why),)) from None
     return parse(text, path or DEFAULT_FILE, variables)
+
+
+def _with_backend(args: argparse.Namespace) -> Config:
+    config = read_config(args.config)
+    if args.backend is None:
+        return config
+    chosen = dataclasses.replace(config.rules, backend=Backend(args.backend))
+    return dataclasses.replace(config, rules=chosen)
 
 
 def _ask_daemon(where: Endpoint | None, path: str) -> str:

@@ -15,12 +15,19 @@ from tproxyd.reader import EVERY_PORT, PortRanges
 
 
 class Backend(StrEnum):
+    """Which tool of the kernel's holds the packet rules."""
+
     AUTO = "auto"
     NFT = "nft"
+    IPTABLES_NFT = "iptables-nft"
+    IPTABLES_LEGACY = "iptables-legacy"
 
 
 class Scheme(StrEnum):
-    LEAN = "lean"
+    """What the packet rules say."""
+
+    LEAN = "lean"  # no more than is needed
+    ISTIO = "istio"  # what istio-iptables programs, rule for rule
 
 
 class ReturnPath(StrEnum):

@@ -103,10 +103,31 @@ def name_process(name: str) -> None:
     _check(_libc.prctl(_PR_SET_NAME, name.encode()[:15] + b"\0", 0, 0, 0), "prctl(NAME)")
 
 
+_CLONE_NEWNET = 0x40000000  # linux/sched.h
+
+
+def enter_network_namespace(path: str) -> None:
+    """Of the calling thread, and of the threads and processes that it starts."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _check(_libc.setns(fd, _CLONE_NEWNET), "setns")
+    finally:
+        os.close(fd)
+
+
 # Interfaces ------------------------------------------------------------------------------------
 
 _SIOCGIFFLAGS = 0x8913  # include/uapi/linux/sockios.h
 _IFF_UP = 1  # include/uapi/linux/if.h
+
+
+def ask_socket(sock: socket.socket, level: int, option: int, request: bytes) -> bytes:
+    """getsockopt(2) with a question in the buffer, which Python's own cannot send."""
+    buffer = ctypes.create_string_buffer(request, len(request))
+    size = ctypes.c_uint32(len(request))
+    result = _libc.getsockopt(sock.fileno(), level, option, buffer, ctypes.byref(size))
+    _check(result, "getsockopt")
+    return buffer.raw[: size.value]
 
 
 def interface_is_up(name: str) -> bool:

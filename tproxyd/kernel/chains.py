@@ -38,11 +38,11 @@ from __future__ import annotations
 from tproxyd.addr import PrefixSet, parse_prefix
 from tproxyd.config import Config, Intercept, Listener, ReturnPath, Scope, Via
 from tproxyd.kernel.firewall import (
+    ESTABLISHED,
     Action,
     Chain,
     ConnMark,
     Divert,
-    Established,
     Family,
     Firewall,
     ForUs,
@@ -86,21 +86,21 @@ def firewall(
     Without `intercept` what living connections need.
     """
     mark = SetPacketMark(config.mark, mark_mask(config.mark))
-    local = _with(config, Scope.LOCAL) if intercept else []
-    forward = _with(config, Scope.FORWARD) if intercept else []
+    local = with_scope(config, Scope.LOCAL) if intercept else []
+    forward = with_scope(config, Scope.FORWARD) if intercept else []
     chains = [
         Chain("prerouting", Hook.PREROUTING, _prerouting(config, mark, local, path, home)),
         Chain("passing", None, _passing(mark, forward) if home else ()),
-        Chain("output", Hook.OUTPUT, (_recall(mark),) if path is ReturnPath.CONNTRACK else ()),
+        Chain("output", Hook.OUTPUT, (recall(mark),) if path is ReturnPath.CONNTRACK else ()),
         *(_take(each, families, None) for each in local if each.intercept.via is Via.TPROXY),
         *(_take(each, families, mark) for each in forward),
-        Chain("nat_prerouting", Hook.NAT_PREROUTING, _nat_prerouting(config, intercept)),
-        Chain("nat_output", Hook.NAT_OUTPUT, _nat_output(config, intercept)),
+        Chain("nat_prerouting", Hook.NAT_PREROUTING, nat_prerouting(config, intercept)),
+        Chain("nat_output", Hook.NAT_OUTPUT, nat_output(config, intercept)),
     ]
     return tuple(chain for chain in chains if chain.rules)
 
 
-def _with(config: Config, scope: Scope) -> list[Listener]:
+def with_scope(config: Config, scope: Scope) -> list[Listener]:
     return [each for each in config.listeners if each.intercepts and each.intercept.scope is scope]
 
 
@@ -121,8 +121,8 @@ def _prerouting(
     path: ReturnPath | None,
     home: bool,
 ) -> tuple[Rule, ...]:
-    rules = _on_lo(config, mark, path)
-    takes = [*_ordinary(config), *own] if (own := _listeners(local, Via.TPROXY)) else []
+    rules = on_lo(config, mark, path)
+    takes = [*ordinary(config), *own] if (own := selections(local, Via.TPROXY)) else []
     if local and path is ReturnPath.CONNTRACK:
         taken = Rule(
             (ConnMark(mark.value, mark.mask), Syn()),
@@ -161,7 +161,7 @@ def _prerouting(
     )
 
 
-def _on_lo(config: Config, mark: SetPacketMark, path: ReturnPath | None) -> tuple[Rule, ...]:
+def on_lo(config: Config, mark: SetPacketMark, path: ReturnPath | None) -> tuple[Rule, ...]:
     """Our own connections, to the application."""
     if path is None:
         return ()
@@ -176,10 +176,10 @@ def _on_lo(config: Config, mark: SetPacketMark, path: ReturnPath | None) -> tupl
             " another port. (The application's own listener is not transparent.)",
         )
     ]
-    if any(each.intercept.via is Via.REDIRECT for each in _with(config, Scope.LOCAL)):
+    if any(each.intercept.via is Via.REDIRECT for each in with_scope(config, Scope.LOCAL)):
         rules.append(
             Rule(
-                (*ours, Syn(), Established()),
+                (*ours, Syn(), ESTABLISHED),
                 Verdict.DROP,
                 "the same where nat has redirected the living connection: our SYN is taken for one"
                 " of its packets",
@@ -203,7 +203,7 @@ def _passing(mark: SetPacketMark, forward: list[Listener]) -> tuple[Rule, ...]:
     takes = [
         rule
         for listener in forward
-        for rule in selection(listener.intercept, Goto(_chain_name(listener)), _reason(listener))
+        for rule in selection(listener.intercept, Goto(_chain_name(listener)), reason(listener))
     ]
     older = Rule(
         (Syn(negate=True),),
@@ -236,7 +236,7 @@ def _take(listener: Listener, families: tuple[Family, ...], mark: SetPacketMark 
     )
 
 
-def _recall(mark: SetPacketMark) -> Rule:
+def recall(mark: SetPacketMark) -> Rule:
     return Rule(
         (ConnMark(mark.value, mark.mask),),
         mark,
@@ -253,26 +253,26 @@ NOT_NEW = Rule(
 )
 # What lives needs nat until it ends.
 KEPT = Rule(
-    (Established(),),
+    (ESTABLISHED,),
     Verdict.ACCEPT,
     "never true of a first packet. But a rule must ask connection tracking for it to be at work,"
     " and the translation of living connections with it",
 )
 
 
-def _nat_prerouting(config: Config, intercept: bool) -> tuple[Rule, ...]:
-    local = _with(config, Scope.LOCAL)
+def nat_prerouting(config: Config, intercept: bool) -> tuple[Rule, ...]:
+    local = with_scope(config, Scope.LOCAL)
     if not any(each.intercept.via is Via.REDIRECT for each in local):
         return ()
     if not intercept:
         return (KEPT,)
     forwarded = Rule((ForUs(negate=True),), Verdict.ACCEPT, "forwarded traffic goes its way")
-    takes = (*_ordinary(config), *_listeners(local, Via.REDIRECT))
+    takes = (*ordinary(config), *selections(local, Via.REDIRECT))
     return (OTHER_PROTOCOLS, forwarded, NOT_NEW, *takes)
 
 
-def _nat_output(config: Config, intercept: bool) -> tuple[Rule, ...]:
-    listeners = _with(config, Scope.OUTBOUND)
+def nat_output(config: Config, intercept: bool) -> tuple[Rule, ...]:
+    listeners = with_scope(config, Scope.OUTBOUND)
     if not listeners:
         return ()
     if not intercept:
@@ -293,13 +293,13 @@ def _nat_output(config: Config, intercept: bool) -> tuple[Rule, ...]:
         Rule((ForUs(),), Verdict.ACCEPT, "what is made here for here does not go out"),
         NOT_NEW,
     )
-    return (*bypasses, *_listeners(listeners, Via.REDIRECT))
+    return (*bypasses, *selections(listeners, Via.REDIRECT))
 
 
 # Listeners ----------------------------------------------------------------------------------------
 
 
-def _ordinary(config: Config) -> list[Rule]:
+def ordinary(config: Config) -> list[Rule]:
     """What is made to our ordinary listeners: taken, it would have our own port as destination."""
     rules: list[Rule] = []
     for listener in config.listeners:
@@ -315,7 +315,7 @@ def _ordinary(config: Config) -> list[Rule]:
     return rules
 
 
-def _listeners(listeners: list[Listener], via: Via) -> list[Rule]:
+def selections(listeners: list[Listener], via: Via) -> list[Rule]:
     """The selections of those that are taken in this way, the first that matches first.
 
     What a listener before them takes in the other way is left to it.
@@ -331,13 +331,13 @@ def _listeners(listeners: list[Listener], via: Via) -> list[Rule]:
         action: Action = Goto(_chain_name(listener))
         if via is Via.REDIRECT:
             action = Redirect(listener.port)
-        if own := selection(take, action, _reason(listener)):
+        if own := selection(take, action, reason(listener)):
             rules += [*others, *own]
             others = []
     return rules
 
 
-def _reason(listener: Listener) -> str:
+def reason(listener: Listener) -> str:
     return f"connections for listener {listener.name}"
 
 

@@ -56,21 +56,28 @@ How the rules say it is in chains.py. Pure.
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from tproxyd.addr import Endpoint, is_name, is_unix
-from tproxyd.config import Config, Listener, ReturnPath, Scope, SourceKind, Via
+from tproxyd.config import Backend, Config, Listener, ReturnPath, Scheme, Scope, SourceKind, Via
+from tproxyd.istio.options import PASSTHROUGH_V6, IstioOptions
+from tproxyd.kernel import istio
 from tproxyd.kernel.chains import firewall, mark_mask
-from tproxyd.kernel.firewall import Family
+from tproxyd.kernel.firewall import FULL_MASK, Family
+from tproxyd.kernel.iptchains import chains
+from tproxyd.kernel.istioconfig import istio_options
 from tproxyd.kernel.selectors import takes_nothing
 from tproxyd.kernel.state import (
     MARK_SYSCTLS,
+    OURS,
     REFLECT_V6,
+    Address,
     KernelState,
     PolicyRule,
     Route,
     Sysctl,
+    Tables,
     number_for,
 )
 
@@ -78,8 +85,6 @@ from tproxyd.kernel.state import (
 # 5210 and its siblings, wg-quick's 32764 and `main` (32766), any of which would send the packets
 # away; and with room before it for an administrator who must overrule us.
 PRIORITY = 1337
-# As whom Istio's sidecar connects in REDIRECT mode: applications and people know them.
-REDIRECTED_V6 = "::6"
 _TABLE_LOCAL = 255  # RT_TABLE_LOCAL, include/uapi/linux/rtnetlink.h
 
 
@@ -93,6 +98,9 @@ class Facts:
     sysctls_writable: bool = True  # false where containers get /proc/sys read-only
     lo_up: bool = True
     own: frozenset[str] = frozenset()  # the addresses of this host
+    ip_tables: tuple[Family, ...] = (4, 6)  # IP versions of the kernel, whether used or not
+    legacy_rules: bool = False  # legacy tables have rules
+    nft: bool = True  # there is a library or a command for it
 
 
 # What is needed -----------------------------------------------------------------------------------
@@ -148,6 +156,25 @@ def _is_own(upstream: Endpoint, facts: Facts) -> bool:
     return ip.is_loopback or ip.is_unspecified or upstream.host in facts.own
 
 
+class BackendChoice(NamedTuple):
+    backend: Backend  # never AUTO
+    why: str
+
+
+def backend(config: Config, facts: Facts) -> BackendChoice:
+    """Who holds the packet rules, and a sentence that says why."""
+    chosen = config.rules.backend
+    if chosen is not Backend.AUTO:
+        return BackendChoice(chosen, f"backend {chosen}: it was asked for")
+    if facts.legacy_rules:
+        chosen, why = Backend.IPTABLES_LEGACY, "the legacy tables have rules here"
+    elif facts.nft:
+        chosen, why = Backend.NFT, "nftables is there, and no legacy tables are in use"
+    else:
+        chosen, why = Backend.IPTABLES_NFT, "there is no nft, library or command"
+    return BackendChoice(chosen, f"backend {chosen}: {why}")
+
+
 class Choice(NamedTuple):
     path: ReturnPath  # never AUTO
     why: str
@@ -158,7 +185,9 @@ def return_path(config: Config, facts: Facts) -> Choice:
     chosen = config.rules.return_path
     if chosen is not ReturnPath.AUTO:
         return Choice(chosen, f"return path {chosen}: the configuration says so")
-    if facts.host_netns:
+    if backend(config, facts).backend is not Backend.NFT:
+        path, why = ReturnPath.CONNTRACK, "the rules for iptables track connections in any case"
+    elif facts.host_netns:
         path, why = ReturnPath.CONNTRACK, "this is the host's network namespace, where others mark"
     elif not _to_be_set(facts):
         path, why = ReturnPath.ACCEPT_MARK, "its sysctls are set here already"
@@ -183,6 +212,8 @@ def desired(config: Config, *, facts: Facts, intercept: bool = True) -> KernelSt
 
     Connections that live then need no interception: their packets find their sockets.
     """
+    if config.rules.scheme is Scheme.ISTIO:
+        return istio_state(config, facts, intercept)
     path = return_path(config, facts).path if dials_here(config, facts) else None
     home = holds_elsewhere(config, facts)
     sysctls = _to_be_set(facts) if path is ReturnPath.ACCEPT_MARK else ()
@@ -192,7 +223,23 @@ def desired(config: Config, *, facts: Facts, intercept: bool = True) -> KernelSt
     marked = families if home or path is not None else ()
     routes = [Route(family, config.table, protocol) for family in marked]
     if facts.ipv6 and any(map(_redirected_and_ourselves, config.listeners)):
-        routes.append(Route(6, _TABLE_LOCAL, protocol, f"{REDIRECTED_V6}/128"))
+        routes.append(Route(6, _TABLE_LOCAL, protocol, f"{PASSTHROUGH_V6}/128"))
+    chosen = backend(config, facts).backend
+    nft = chosen is Backend.NFT
+    tables = tuple(
+        Tables(
+            chosen,
+            family,
+            chains(
+                *(config, family),
+                served=family in families,
+                path=path,
+                home=home,
+                intercept=intercept,
+            ),
+        )
+        for family in (() if nft else facts.ip_tables)
+    )
     return KernelState(
         sysctls=tuple(Sysctl(name, 1) for name in sysctls),
         routes=tuple(routes),
@@ -200,7 +247,8 @@ def desired(config: Config, *, facts: Facts, intercept: bool = True) -> KernelSt
             PolicyRule(family, PRIORITY, config.mark, mask, config.table, protocol)
             for family in marked
         ),
-        firewall=firewall(config, families, path, home, intercept),
+        firewall=firewall(config, families, path, home, intercept) if nft else (),
+        iptables=tuple(each for each in tables if each.chains),
     )
 
 
@@ -210,11 +258,55 @@ def _redirected_and_ourselves(listener: Listener) -> bool:
     return redirected and listener.source is SourceKind.PROXY
 
 
+def istio_state(config: Config, facts: Facts, intercept: bool = True) -> KernelState:
+    """As istio-iptables would make it for the same connections."""
+    options = istio_options(config, ipv6=facts.ipv6)
+    return desired_istio(options, backend(config, facts).backend, intercept)
+
+
+def desired_istio(options: IstioOptions, chosen: Backend, intercept: bool = True) -> KernelState:
+    """The state that istio-iptables is told to make. Without `intercept`, no new connection is
+    taken.
+    """
+    families: tuple[Family, ...] = (4, 6) if options.ipv6 else (4,)
+    marked = families if options.needs_routes else ()
+    taking = options
+    if not intercept:
+        taking = replace(options, inbound_ports=(), outbound_ranges=(), outbound_ports=())
+    nft = chosen is Backend.NFT
+    return KernelState(
+        routes=tuple(Route(family, options.table, OURS) for family in marked),
+        addresses=(Address(PASSTHROUGH_V6, OURS),) if options.ipv6 else (),
+        rules=tuple(
+            PolicyRule(family, PRIORITY, options.mark, FULL_MASK, options.table, OURS)
+            for family in marked
+        ),
+        firewall=istio.nft_chains(taking) if nft else (),
+        iptables=tuple(
+            Tables(chosen, family, istio.chains(taking, family))
+            for family in (() if nft else families)
+        ),
+    )
+
+
 def notes(config: Config, facts: Facts) -> tuple[str, ...]:
     """What the operator should hear about this wish, in sentences."""
     said: list[str] = []
     intercepting = [each for each in config.listeners if each.intercepts]
-    if dials_here(config, facts):
+    chosen = backend(config, facts)
+    if chosen.backend is not Backend.NFT:
+        said.append(chosen.why)
+        if any(each.intercept.via is Via.TPROXY for each in intercepting):
+            said.append(
+                "under iptables, clients are not refused while nobody listens: they wait, since its"
+                " TPROXY drops what it finds no listener for"
+            )
+    if config.rules.scheme is Scheme.ISTIO:
+        said.append(
+            "scheme istio, as istio-iptables has it: no connection while SYN cookies are in use,"
+            " none where src_valid_mark is 1, and connections older than the rules end"
+        )
+    elif dials_here(config, facts):
         said.append(return_path(config, facts).why)
     if intercepting and not facts.ipv6:
         said.append("no IPv6 on this machine (or on lo): IPv4 only, IPv6 connections are refused")

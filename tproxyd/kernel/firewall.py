@@ -32,8 +32,20 @@ class InInterface:
 
 
 @dataclass(frozen=True, slots=True)
+class OutInterface:
+    """Leaves through this one."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class IpVersion:
     family: Family
+
+
+@dataclass(frozen=True, slots=True)
+class Tcp:
+    """What ports, SYN and most actions imply; it stands where nothing else does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +82,14 @@ class PortIn:
 
 
 @dataclass(frozen=True, slots=True)
+class UdpPort:
+    """UDP, from or to a port in this closed range."""
+
+    end: Literal["source", "destination"]
+    ports: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
 class ForUs:
     """The destination is a local address. Negated: forwarded, broadcast or multicast."""
 
@@ -84,17 +104,19 @@ class Syn:
 
 
 @dataclass(frozen=True, slots=True)
-class NotMadeBy:
-    """Made here, by a socket whose user, or group, is not in these closed, merged ranges."""
+class MadeBy:
+    """Made here, by a socket whose user, or group, is in these closed, merged ranges, or not."""
 
     owner: Literal["uid", "gid"]
     ranges: PortRanges
+    negate: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class PacketMark:
     value: int
     mask: int
+    negate: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +126,14 @@ class ConnMark:
 
 
 @dataclass(frozen=True, slots=True)
-class Established:
-    """Of a connection that connection tracking has seen packets of in both directions."""
+class Tracked:
+    """In one of these states of connection tracking, sorted."""
+
+    states: tuple[str, ...]
+
+
+# Of a connection of which packets were seen in both directions.
+ESTABLISHED = Tracked(("established",))
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,18 +146,21 @@ class MeetsTransparentSocket:
 
 Match = (
     InInterface
+    | OutInterface
     | IpVersion
+    | Tcp
     | NotTcp
     | Icmp
     | SourceIn
     | DestinationIn
     | PortIn
+    | UdpPort
     | ForUs
     | Syn
-    | NotMadeBy
+    | MadeBy
     | PacketMark
     | ConnMark
-    | Established
+    | Tracked
     | MeetsTransparentSocket
 )
 
@@ -140,11 +171,19 @@ Match = (
 class Verdict(StrEnum):
     ACCEPT = "accept"
     DROP = "drop"
+    RETURN = "return"  # to the chain that called this one, or to what the base chain does
     RESET = "reject with tcp reset"
 
 
 @dataclass(frozen=True, slots=True)
 class Goto:
+    chain: str
+
+
+@dataclass(frozen=True, slots=True)
+class Jump:
+    """Like Goto, and what returns from there runs on here."""
+
     chain: str
 
 
@@ -188,7 +227,36 @@ class SetConnMark:
     mask: int
 
 
-Action = Verdict | Goto | Tproxy | Divert | Redirect | SetPacketMark | SetConnMark
+@dataclass(frozen=True, slots=True)
+class SaveMark:
+    """The whole mark of the packet becomes that of its connection."""
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreMark:
+    """And back."""
+
+
+@dataclass(frozen=True, slots=True)
+class SetZone:
+    """Connection tracking keeps the packet's connection apart from those of other zones."""
+
+    zone: int
+
+
+Action = (
+    Verdict
+    | Goto
+    | Jump
+    | Tproxy
+    | Divert
+    | Redirect
+    | SetPacketMark
+    | SetConnMark
+    | SaveMark
+    | RestoreMark
+    | SetZone
+)
 
 
 # Rules and chains ---------------------------------------------------------------------------------
@@ -218,7 +286,8 @@ class Rule:
 
 
 class Hook(StrEnum):
-    """Where a base chain is called: at priority mangle, behind conntrack and before nat; or as nat.
+    """Where a base chain is called: at priority mangle, behind conntrack and before nat; as nat; or
+    raw, before conntrack.
 
     A chain of nat sees the first packet of a connection only.
     """
@@ -227,6 +296,16 @@ class Hook(StrEnum):
     OUTPUT = "output"  # of type route: a changed mark asks the routing tables again
     NAT_PREROUTING = "prerouting of nat"
     NAT_OUTPUT = "output of nat"
+    RAW_PREROUTING = "prerouting of raw"
+    RAW_OUTPUT = "output of raw"
+
+
+class Table(StrEnum):
+    """Of iptables, where chains of two tables may share a name. nft has ours in a single one."""
+
+    MANGLE = "mangle"
+    NAT = "nat"
+    RAW = "raw"
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +313,7 @@ class Chain:
     name: str
     hook: Hook | None
     rules: tuple[Rule | Unknown, ...]
+    table: Table = Table.MANGLE  # means nothing to nft
 
 
 Firewall = tuple[Chain | Unknown, ...]
@@ -247,8 +327,12 @@ def match_text(match: Match) -> str:
     match match:
         case InInterface(names):
             return f"in through {' or '.join(names)}"
+        case OutInterface(name):
+            return f"out through {name}"
         case IpVersion(family):
             return f"IPv{family}"
+        case Tcp():
+            return "TCP"
         case NotTcp():
             return "not TCP"
         case Icmp():
@@ -260,18 +344,20 @@ def match_text(match: Match) -> str:
             return f"{'not ' if negate else ''}to {where}"
         case PortIn(ranges, negate):
             return f"{'not ' if negate else ''}to port {ranges_text(ranges)}"
+        case UdpPort(end, ports):
+            return f"UDP {'from' if end == 'source' else 'to'} port {ranges_text((ports,))}"
         case ForUs(negate):
             return f"{'not ' if negate else ''}to an address of this host"
         case Syn(negate):
             return "not a SYN" if negate else "SYN"
-        case NotMadeBy(owner, ranges):
-            return f"not made by {owner} {ranges_text(ranges)}"
-        case PacketMark(value, mask):
-            return f"mark {value:#x}/{mask:#x}"
+        case MadeBy(owner, ranges, negate):
+            return f"{'not ' if negate else ''}made by {owner} {ranges_text(ranges)}"
+        case PacketMark(value, mask, negate):
+            return f"{'not ' if negate else ''}mark {value:#x}/{mask:#x}"
         case ConnMark(value, mask):
             return f"connection mark {value:#x}/{mask:#x}"
-        case Established():
-            return "of an established connection"
+        case Tracked(states):
+            return f"of an {' or '.join(states)} connection"
         case MeetsTransparentSocket():
             return "meets a transparent socket"
         case _:
@@ -285,6 +371,8 @@ def action_text(action: Action) -> str:
             return str(action)
         case Goto(chain):
             return f"goto {chain}"
+        case Jump(chain):
+            return f"jump {chain}"
         case Tproxy(family, port, mark):
             marked = "" if mark is None else f", {action_text(mark)}"
             return f"tproxy IPv{family} to port {port}{marked} and accept, if a socket is there"
@@ -296,6 +384,12 @@ def action_text(action: Action) -> str:
             return f"set mark {value:#x}/{mask:#x}"
         case SetConnMark(value, mask):
             return f"set connection mark {value:#x}/{mask:#x}"
+        case SaveMark():
+            return "the connection gets the packet's mark"
+        case RestoreMark():
+            return "the packet gets the connection's mark"
+        case SetZone(zone):
+            return f"track in zone {zone}"
         case _:
             assert_never(action)
 

@@ -29,7 +29,7 @@ _SOL_NETLINK, _NETLINK_GET_STRICT_CHK = 270, 12
 _REQUEST, _ACK, _DUMP = 0x1, 0x4, 0x300
 _DUMP_INTERRUPTED = 0x10
 _ERROR, _DONE = 2, 3
-RTM_GETLINK = 18
+RTM_GETLINK, RTM_GETADDR = 18, 22
 RTM_DELROUTE, RTM_GETROUTE = 25, 26
 RTM_DELRULE, RTM_GETRULE = 33, 34
 
@@ -41,6 +41,8 @@ RULE_MARK, RULE_SUPPRESS_PREFIXLEN, RULE_MASK, RULE_PROTOCOL = 10, 14, 16, 21
 _MESSAGE = struct.Struct("=IHHII")  # nlmsghdr: length, kind, flags, sequence, port
 _ITEM = struct.Struct("=8BI")  # rtmsg, fib_rule_hdr
 _LINK = struct.Struct("=BxHiII")  # ifinfomsg: family, type, index, flags, change
+_ADDRESS = struct.Struct("=4BI")  # ifaddrmsg: family, prefixlen, flags, scope, index
+_IFA_ADDRESS, _IFA_PROTO = 1, 11  # linux/if_addr.h
 _ATTRIBUTE = struct.Struct("=HH")  # length, kind
 _CODE, _NUMBER = struct.Struct("=i"), struct.Struct("=I")
 _KIND = 0x3FFF  # NLA_TYPE_MASK
@@ -89,6 +91,17 @@ class Netlink:
     def close(self) -> None:
         self._socket.close()
 
+    def addresses(self, index: int) -> list[tuple[str, int, int]]:
+        """The IPv6 addresses of an interface: address, length of its prefix, protocol number."""
+        found = []
+        request = _ADDRESS.pack(socket.AF_INET6, 0, 0, 0, index)
+        for body in self._ask(RTM_GETADDR, _DUMP, request):
+            family, length, _, _, _ = _ADDRESS.unpack_from(body)
+            values = attributes(body, _ADDRESS.size)
+            protocol = values.get(_IFA_PROTO, b"\0")[0]
+            found.append((socket.inet_ntop(family, values[_IFA_ADDRESS]), length, protocol))
+        return found
+
     def list(
         self, kind: int, family: int, *, protocol: int = 0, table: int = 0, action: int = 0
     ) -> list[Item]:
@@ -110,7 +123,10 @@ class Netlink:
 
     def remove(self, kind: int, what: Item) -> None:
         """RTM_DELROUTE or RTM_DELRULE for an item as it was listed."""
-        for _ in self._ask(kind, _ACK, what.raw):
+        self.write(kind, what.raw)
+
+    def write(self, kind: int, body: bytes, flags: int = 0) -> None:
+        for _ in self._ask(kind, _ACK | flags, body):
             pass
 
     def _ask(self, kind: int, flags: int, body: bytes) -> Iterator[bytes]:
@@ -143,13 +159,17 @@ def messages(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
 
 
 def item(body: bytes) -> Item:
-    attributes: dict[int, bytes] = {}
-    at = _ITEM.size
+    return Item._make((*_ITEM.unpack_from(body), attributes(body, _ITEM.size), body))
+
+
+def attributes(body: bytes, at: int) -> dict[int, bytes]:
+    """Those that stand behind a header of `at` bytes."""
+    found: dict[int, bytes] = {}
     while at < len(body):
         size, kind = _ATTRIBUTE.unpack_from(body, at)
-        attributes[kind & _KIND] = body[at + _ATTRIBUTE.size : at + size]
+        found[kind & _KIND] = body[at + _ATTRIBUTE.size : at + size]
         at += _aligned(size)
-    return Item._make((*_ITEM.unpack_from(body), attributes, body))
+    return found
 
 
 def _aligned(size: int) -> int:

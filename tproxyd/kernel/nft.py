@@ -64,6 +64,30 @@ class Nft:
         """Make the table hold exactly this; () removes it."""
         self._run(f"write the nft table inet {TABLE}", render(firewall), answer=False)
 
+    def others(self, ip: str) -> list[tuple[str, str]]:
+        """The tables of family `ip` or `ip6`, and their chains: those of iptables-nft among them.
+
+        A table without a chain is there with "".
+        """
+        action = f"list the nft chains of {ip}"
+        tables = [
+            entry["table"] for entry in self._ask(action, f"list tables {ip}") if "table" in entry
+        ]
+        chains = [
+            entry["chain"] for entry in self._ask(action, f"list chains {ip}") if "chain" in entry
+        ]
+        found = [(table["name"], "") for table in tables if table["family"] == ip]
+        return found + [(each["table"], each["name"]) for each in chains if each["family"] == ip]
+
+    def tables(self, ip: str) -> list[str]:
+        listing = self._ask(f"list the nft tables of {ip}", f"list tables {ip}")
+        return [entry["table"]["name"] for entry in listing if "table" in entry]
+
+    def drop(self, ip: str, table: str, chain: str = "") -> None:
+        """One chain, or one table; refused where a rule is in it."""
+        what = f"chain {ip} {table} {chain}" if chain else f"table {ip} {table}"
+        self._run(f"remove the empty nft {what}", f"delete {what}\n", answer=False)
+
     def _ask(self, action: str, command: str) -> Listing:
         text = self._run(action, command, answer=True)
         try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
-from typing import Any
+from typing import Any, Literal
 
 from tproxyd.addr import IPNetwork, PrefixSet
 from tproxyd.kernel.firewall import (
@@ -20,7 +20,6 @@ from tproxyd.kernel.firewall import (
     ConnMark,
     DestinationIn,
     Divert,
-    Established,
     Firewall,
     ForUs,
     Goto,
@@ -28,20 +27,28 @@ from tproxyd.kernel.firewall import (
     Icmp,
     InInterface,
     IpVersion,
+    Jump,
+    MadeBy,
     Match,
     MeetsTransparentSocket,
-    NotMadeBy,
     NotTcp,
+    OutInterface,
     PacketMark,
     PortIn,
     PortRanges,
     Redirect,
+    RestoreMark,
     Rule,
+    SaveMark,
     SetConnMark,
     SetPacketMark,
+    SetZone,
     SourceIn,
     Syn,
+    Tcp,
     Tproxy,
+    Tracked,
+    UdpPort,
     Unknown,
     Verdict,
 )
@@ -100,13 +107,9 @@ def _unknown(statements: list[object]) -> Unknown:
 _ICMP: dict[str | int, int] = {"icmp": 4, 1: 4, "ipv6-icmp": 6, "icmpv6": 6, 58: 6}
 
 
-class _IsTcp:
-    """What `meta l4proto tcp` says; in the algebra always part of something else."""
-
-
 def _rule(statements: list[object]) -> Rule | Unknown:
     try:
-        matches: list[Match | _IsTcp] = []
+        matches: list[Match] = []
         for at, statement in enumerate(statements):
             match statement:
                 case {"match": {"op": str(op), "left": left, "right": right}}:
@@ -119,31 +122,33 @@ def _rule(statements: list[object]) -> Rule | Unknown:
         return _unknown(statements)
 
 
-def _without_implied(matches: list[Match | _IsTcp], action: Action) -> tuple[Match, ...]:
+def _without_implied(matches: list[Match], action: Action) -> tuple[Match, ...]:
     """Without what another part of the rule says already: nft versions differ in listing that."""
     families = {match.family for match in matches if isinstance(match, SourceIn | DestinationIn)}
     tcp = isinstance(action, Tproxy | Redirect) or any(isinstance(m, PortIn | Syn) for m in matches)
     kept: list[Match] = []
     for match in matches:
-        if isinstance(match, _IsTcp):
-            if not tcp:
-                raise ValueError("a TCP match on its own is not ours")
-        elif not (isinstance(match, IpVersion) and match.family in families):
+        implied = (tcp and isinstance(match, Tcp)) or (
+            isinstance(match, IpVersion) and match.family in families
+        )
+        if not implied:
             kept.append(match)
     return tuple(kept)
 
 
-def _parse_match(op: str, left: object, right: object) -> Match | _IsTcp:
+def _parse_match(op: str, left: object, right: object) -> Match:
     match left, op, right:
         case {"meta": {"key": "iifname"}}, "==", _:
             return InInterface(tuple(sorted(_text(name) for name in _elements(right))))
+        case {"meta": {"key": "oifname"}}, "==", str(name):
+            return OutInterface(name)
         case {"meta": {"key": "nfproto"}}, "==", "ipv4":
             return IpVersion(4)
         case {"meta": {"key": "nfproto"}}, "==", "ipv6":
             return IpVersion(6)
         # A number where there is no /etc/protocols (netbase), as in many containers.
         case {"meta": {"key": "l4proto"}}, "==", "tcp" | 6:
-            return _IsTcp()
+            return Tcp()
         case {"meta": {"key": "l4proto"}}, "!=", "tcp" | 6:
             return NotTcp()
         case {"meta": {"key": "l4proto"}}, "==", {"set": [_, _]}:
@@ -155,8 +160,12 @@ def _parse_match(op: str, left: object, right: object) -> Match | _IsTcp:
             return DestinationIn(4 if ip == "ip" else 6, _prefixes(right), op == "!=")
         case {"payload": {"protocol": "tcp", "field": "dport"}}, "==" | "!=", _:
             return PortIn(_ranges(right), negate=op == "!=")
-        case {"meta": {"key": "skuid" | "skgid" as key}}, "!=", _:
-            return NotMadeBy("uid" if key == "skuid" else "gid", _ranges(right))
+        case {"payload": {"protocol": "udp", "field": "sport" | "dport" as key}}, "==", _:
+            (ports,) = _ranges(right)
+            return UdpPort("source" if key == "sport" else "destination", ports)
+        case {"meta": {"key": "skuid" | "skgid" as key}}, "==" | "!=", _:
+            owner: Literal["uid", "gid"] = "uid" if key == "skuid" else "gid"
+            return MadeBy(owner, _ranges(right), negate=op == "!=")
         case {"fib": {"result": "type", "flags": ["daddr"] | "daddr"}}, "==" | "!=", "local":
             return ForUs(negate=op == "!=")
         case (
@@ -166,16 +175,16 @@ def _parse_match(op: str, left: object, right: object) -> Match | _IsTcp:
         ):
             if _flags(flags) == {"fin", "syn", "rst", "ack"}:
                 return Syn(negate=op == "!=")
-        case {"&": [{"meta": {"key": "mark"}}, int(mask)]}, "==", int(value):
-            return PacketMark(value, mask)
-        case {"meta": {"key": "mark"}}, "==", int(value):
-            return PacketMark(value, FULL_MASK)
+        case {"&": [{"meta": {"key": "mark"}}, int(mask)]}, "==" | "!=", int(value):
+            return PacketMark(value, mask, negate=op == "!=")
+        case {"meta": {"key": "mark"}}, "==" | "!=", int(value):
+            return PacketMark(value, FULL_MASK, negate=op == "!=")
         case {"&": [{"ct": {"key": "mark", **more}}, int(mask)]}, "==", int(value) if not more:
             return ConnMark(value, mask)
         case {"ct": {"key": "mark", **more}}, "==", int(value) if not more:
             return ConnMark(value, FULL_MASK)
-        case {"ct": {"key": "state", **more}}, "in" | "==", "established" if not more:
-            return Established()
+        case {"ct": {"key": "state", **more}}, "in" | "==", _ if not more:
+            return Tracked(tuple(sorted(map(_text, _flags(right)))))
         case {"socket": {"key": "transparent"}}, "==", 1:
             return MeetsTransparentSocket()
     raise ValueError(left)
@@ -187,6 +196,10 @@ def _parse_action(statements: list[object]) -> Action:
             return Verdict.ACCEPT
         case [{"drop": None}]:
             return Verdict.DROP
+        case [{"return": None}]:
+            return Verdict.RETURN
+        case [{"jump": {"target": str(chain)}}]:
+            return Jump(chain)
         case [{"reject": {"type": "tcp reset", **more}}] if not more:
             return Verdict.RESET
         case [{"goto": {"target": str(chain)}}]:
@@ -200,6 +213,12 @@ def _parse_action(statements: list[object]) -> Action:
             return Tproxy(4 if ip == "ip" else 6, port, mark)
         case [{"redirect": {"port": int(port), **more}}] if not more:
             return Redirect(port)
+        case [{"mangle": {"key": {"meta": {"key": "mark"}}, "value": {"ct": {"key": "mark"}}}}]:
+            return RestoreMark()
+        case [{"mangle": {"key": {"ct": {"key": "mark"}}, "value": {"meta": {"key": "mark"}}}}]:
+            return SaveMark()
+        case [{"mangle": {"key": {"ct": {"key": "zone"}}, "value": int(zone)}}]:
+            return SetZone(zone)
         case [{"mangle": _} as write, {"accept": None}]:
             return Divert(_packet_mark(write))
         case [{"mangle": {"key": {"meta": _}}} as write]:

@@ -14,7 +14,6 @@ from tproxyd.kernel.firewall import (
     ConnMark,
     DestinationIn,
     Divert,
-    Established,
     Family,
     Firewall,
     ForUs,
@@ -23,20 +22,28 @@ from tproxyd.kernel.firewall import (
     Icmp,
     InInterface,
     IpVersion,
+    Jump,
+    MadeBy,
     Match,
     MeetsTransparentSocket,
-    NotMadeBy,
     NotTcp,
+    OutInterface,
     PacketMark,
     PortIn,
     PortRanges,
     Redirect,
+    RestoreMark,
     Rule,
+    SaveMark,
     SetConnMark,
     SetPacketMark,
+    SetZone,
     SourceIn,
     Syn,
+    Tcp,
     Tproxy,
+    Tracked,
+    UdpPort,
     Verdict,
     ranges_text,
 )
@@ -52,14 +59,16 @@ class Base(NamedTuple):
     priority: int
 
 
-# include/uapi/linux/netfilter_ipv4.h: NF_IP_PRI_MANGLE, NF_IP_PRI_NAT_DST. The second is written as
-# a number: nft has a name for it at the hook prerouting only.
-_MANGLE, _NAT = -150, -100
+# include/uapi/linux/netfilter_ipv4.h: NF_IP_PRI_RAW, _MANGLE, _NAT_DST. The last is written as a
+# number: nft has a name for it at the hook prerouting only.
+_RAW, _MANGLE, _NAT = -300, -150, -100
 BASES = {
     Hook.PREROUTING: Base("filter", "prerouting", _MANGLE),
     Hook.OUTPUT: Base("route", "output", _MANGLE),
     Hook.NAT_PREROUTING: Base("nat", "prerouting", _NAT),
     Hook.NAT_OUTPUT: Base("nat", "output", _NAT),
+    Hook.RAW_PREROUTING: Base("filter", "prerouting", _RAW),
+    Hook.RAW_OUTPUT: Base("filter", "output", _RAW),
 }
 
 
@@ -87,16 +96,27 @@ def _chain(chain: Chain) -> list[str]:
         if rule.comment not in ("", said):
             said = rule.comment
             lines += ["", *(f"\t# {line}" for line in textwrap.wrap(said, 80))]
-        lines.append("\t" + " ".join((*map(_match, rule.matches), _action(rule.action))))
+        lines.append("\t" + _rule(rule))
     return [*lines, "}"]
+
+
+def _rule(rule: Rule) -> str:
+    action = _action(rule.action)
+    if isinstance(rule.action, Redirect) and not any(isinstance(m, UdpPort) for m in rule.matches):
+        action = f"meta l4proto tcp {action}"  # it insists on a protocol in its own rule
+    return " ".join((*map(_match, rule.matches), action))
 
 
 def _match(match: Match) -> str:
     match match:
         case InInterface(names):
             return f"iifname {_set(f'{chr(34)}{name}{chr(34)}' for name in names)}"
+        case OutInterface(name):
+            return f'oifname "{name}"'
         case IpVersion(family):
             return f"meta nfproto ipv{family}"
+        case Tcp():
+            return "meta l4proto tcp"
         case NotTcp():
             return "meta l4proto != tcp"
         case Icmp():
@@ -107,18 +127,20 @@ def _match(match: Match) -> str:
             return f"{_IP[family]} daddr {_not(negate)}{_set(map(_address, prefixes.networks))}"
         case PortIn(ranges, negate):
             return f"tcp dport {_not(negate)}{_ranges(ranges)}"
+        case UdpPort(end, ports):
+            return f"udp {end[0]}port {_ranges((ports,))}"
         case ForUs(negate):
             return f"fib daddr type {_not(negate)}local"
         case Syn(negate):
             return f"tcp flags & (fin | syn | rst | ack) {'!=' if negate else '=='} syn"
-        case NotMadeBy(owner, ranges):
-            return f"meta sk{owner} != {_ranges(ranges)}"
-        case PacketMark(value, mask):
-            return f"meta mark {_masked(value, mask)}"
+        case MadeBy(owner, ranges, negate):
+            return f"meta sk{owner} {_not(negate)}{_ranges(ranges)}"
+        case PacketMark(value, mask, negate):
+            return f"meta mark {_masked(value, mask, negate)}"
         case ConnMark(value, mask):
             return f"ct mark {_masked(value, mask)}"
-        case Established():
-            return "ct state established"
+        case Tracked(states):
+            return f"ct state {','.join(states)}"
         case MeetsTransparentSocket():
             return "socket transparent 1"
         case _:
@@ -131,18 +153,25 @@ def _action(action: Action) -> str:
             return str(action)
         case Goto(chain):
             return f"goto {chain}"
-        # This and the next insist on a TCP match in their own rule.
-        case Tproxy(family, port, mark):
+        case Jump(chain):
+            return f"jump {chain}"
+        case Tproxy(family, port, mark):  # it insists on a TCP match in its own rule
             marked = "" if mark is None else f" {_action(mark)}"
             return f"meta l4proto tcp tproxy {_IP[family]} to :{port}{marked} accept"
         case Redirect(port):
-            return f"meta l4proto tcp redirect to :{port}"
+            return f"redirect to :{port}"
         case Divert(mark):
             return f"{_action(mark)} accept"
         case SetPacketMark(value, mask):
             return _set_mark("meta mark", value, mask)
         case SetConnMark(value, mask):
             return _set_mark("ct mark", value, mask)
+        case SaveMark():
+            return "ct mark set meta mark"
+        case RestoreMark():
+            return "meta mark set ct mark"
+        case SetZone(zone):
+            return f"ct zone set {zone}"
         case _:
             assert_never(action)
 
@@ -168,8 +197,10 @@ def _address(network: IPNetwork) -> str:
     return str(network.network_address if single else network)
 
 
-def _masked(value: int, mask: int) -> str:
-    return f"{value:#x}" if mask == FULL_MASK else f"& {mask:#x} == {value:#x}"
+def _masked(value: int, mask: int, negate: bool = False) -> str:
+    if mask == FULL_MASK:
+        return f"{_not(negate)}{value:#x}"
+    return f"& {mask:#x} {'!=' if negate else '=='} {value:#x}"
 
 
 def _set_mark(key: str, value: int, mask: int) -> str:

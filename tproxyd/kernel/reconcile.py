@@ -29,14 +29,28 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from tproxyd.config import Config, ReturnPath
+from tproxyd.config import Backend, Config, ReturnPath, Rules
 from tproxyd.errors import KernelError
-from tproxyd.kernel.desired import PRIORITY, Facts, desired, dials_here, notes, return_path
-from tproxyd.kernel.firewall import Firewall
+from tproxyd.istio.options import IstioOptions
+from tproxyd.kernel import iptsave, xtables
+from tproxyd.kernel.desired import (
+    PRIORITY,
+    BackendChoice,
+    Facts,
+    backend,
+    desired,
+    desired_istio,
+    dials_here,
+    notes,
+    return_path,
+)
+from tproxyd.kernel.firewall import Family, Firewall
+from tproxyd.kernel.iptables import Iptables
+from tproxyd.kernel.legacy import Legacy
 from tproxyd.kernel.nft import Nft
 from tproxyd.kernel.nftlang import render
 from tproxyd.kernel.routing import Routing
-from tproxyd.kernel.state import EMPTY, Change, KernelState, Stage, diff
+from tproxyd.kernel.state import EMPTY, Change, KernelState, Stage, Tables, diff, made_by
 
 LOCK_NAME = "\0tproxyd/kernel"
 # A whole reconcile takes tens of milliseconds, an nft command of an overloaded machine seconds.
@@ -67,7 +81,13 @@ class World(Protocol):
         """Everything of ours but the firewall."""
         ...
 
-    def read_firewall(self) -> Firewall: ...
+    def read_firewall(self) -> Firewall:
+        """Of nft."""
+        ...
+
+    def read_tables(self) -> tuple[Tables, ...]:
+        """Of iptables, both variants."""
+        ...
 
     def apply(self, change: Change) -> None: ...
 
@@ -75,8 +95,13 @@ class World(Protocol):
 class Machine:
     """The kernel of this machine, in the network namespace of the calling thread."""
 
-    def __init__(self, nft: Nft | None = None) -> None:
+    def __init__(self, nft: Nft | None = None, *, adopt: bool = False) -> None:
+        """`adopt`: the chains of istio-iptables are taken for ours, whoever has made them."""
         self._nft = nft or Nft()
+        self._backends: dict[Backend, Iptables | Legacy] = {
+            Backend.IPTABLES_NFT: Iptables(self._nft, adopt=adopt),
+            Backend.IPTABLES_LEGACY: Legacy(adopt=adopt),
+        }
         self._routing = Routing()
 
     @contextlib.contextmanager
@@ -86,19 +111,37 @@ class Machine:
             yield
 
     def facts(self) -> Facts:
-        return self._routing.facts()
+        return replace(self._routing.facts(), legacy_rules=xtables.has_rules(), nft=self._has_nft())
+
+    def _has_nft(self) -> bool:
+        try:
+            self._nft.probe()
+        except KernelError:
+            return False
+        return True
 
     def read_routing(self) -> KernelState:
         return self._routing.read()
 
     def read_firewall(self) -> Firewall:
-        return self._nft.read()
+        """What only nft could have made is not there where there is no nft."""
+        return self._nft.read() if self._has_nft() else ()
+
+    def read_tables(self) -> tuple[Tables, ...]:
+        families: tuple[Family, ...] = (4, 6)
+        found = [each.read(family) for each in self._backends.values() for family in families]
+        return tuple(filter(None, found))
 
     def apply(self, change: Change) -> None:
-        if isinstance(change.new, tuple):
-            self._nft.apply(change.new)
-        else:
-            self._routing.apply(change)
+        match change.old, change.new:
+            case _, tuple() as firewall:
+                self._nft.apply(firewall)
+            case _, Tables(backend, family, chains):
+                self._backends[backend].apply(family, chains)
+            case Tables(backend, family), None:
+                self._backends[backend].apply(family, ())
+            case _:
+                self._routing.apply(change)
 
 
 def install(config: Config, *, intercept: bool = True, world: World | None = None) -> Report:
@@ -135,18 +178,81 @@ def check(config: Config, *, intercept: bool = True, world: World | None = None)
 
 
 def rules(config: Config, *, facts: Facts) -> str:
-    """What install would do, as a script for `nft -f`; the commands beside it are comments."""
+    """What install would do, as a script for `nft -f`, or one for iptables-restore and
+    ip6tables-restore; the commands beside it are comments.
+    """
     want = desired(config, facts=facts)
     lines = [f"# {note}" for note in notes(config, facts)]
-    lines += [f"# {item.command}" for item in (*want.routes, *want.sysctls, *want.rules)]
-    return "\n".join(lines) + "\n\n" + render(want.firewall)
+    return _text(want, backend(config, facts).backend, lines)
+
+
+def _text(want: KernelState, chosen: Backend, said: list[str]) -> str:
+    head = "".join(f"{line}\n" for line in (*said, *(f"# {each}" for each in made_by(want)), ""))
+    if chosen is Backend.NFT:
+        return head + render(want.firewall)
+    commands = {4: "iptables", 6: "ip6tables"}
+    variant = "nft" if chosen is Backend.IPTABLES_NFT else "legacy"
+    tools = [f"{commands[each.family]}-{variant}-restore --noflush -w" for each in want.iptables]
+    return f"{head}# {' and '.join(tools)}\n{iptsave.render(want.iptables)}"
+
+
+# The scheme of istio-iptables, by that tool's own options -----------------------------------------
+
+
+Asked = Backend | BackendChoice  # of whoever has chosen already, and says why
+
+
+def install_istio(
+    options: IstioOptions, asked: Asked = Backend.AUTO, *, world: World | None = None
+) -> Report:
+    """Make the state that istio-iptables is told to make, in the place of what it may have made."""
+    world = world or Machine(adopt=True)
+    with world.lock():
+        facts = world.facts()
+        chosen = _asked(asked, facts)
+        if not facts.lo_up:
+            why = "lo is down, and answers come home through it"
+            raise KernelError("install the kernel state", why, "ip link set lo up")
+        return _reconcile(desired_istio(options, chosen.backend), world, (chosen.why,))
+
+
+def check_istio(
+    options: IstioOptions | None, asked: Asked = Backend.AUTO, *, world: World | None = None
+) -> Report:
+    """Read only: `differs` is what install_istio would change; of None, what clean_istio would."""
+    world = world or Machine(adopt=True)
+    with world.lock():
+        chosen = _asked(asked, world.facts())
+        have = _read(world)
+    want = EMPTY if options is None else desired_istio(options, chosen.backend)
+    return Report((), tuple(map(str, diff(have, want))), (chosen.why,), have != EMPTY)
+
+
+def clean_istio(*, world: World | None = None) -> Report:
+    """Remove everything of ours, and what istio-iptables has made."""
+    return reconcile(EMPTY, world or Machine(adopt=True))
+
+
+def rules_istio(options: IstioOptions, asked: Asked = Backend.AUTO, *, facts: Facts) -> str:
+    """What install_istio would do, as `rules` has it."""
+    chosen = _asked(asked, facts)
+    return _text(desired_istio(options, chosen.backend), chosen.backend, [f"# {chosen.why}"])
+
+
+def _asked(asked: Asked, facts: Facts) -> BackendChoice:
+    if isinstance(asked, BackendChoice):
+        return asked
+    return backend(Config(rules=Rules(backend=asked)), facts)
+
+
+# This machine -------------------------------------------------------------------------------------
 
 
 def facts() -> Facts:
     """What this machine is, as far as the state depends on it."""
-    routing = Routing()
-    with contextlib.closing(routing):
-        return routing.facts()
+    machine = Machine()
+    with machine.lock():
+        return machine.facts()
 
 
 def clashes(config: Config) -> tuple[str, ...]:
@@ -199,7 +305,7 @@ def _is_left_out(stage: Stage, failed: set[Stage]) -> bool:
 
 def _read(world: World, errors: list[KernelError] | None = None) -> KernelState:
     """Everything of ours. With a list for the errors, what cannot be read counts as absent."""
-    state, firewall = EMPTY, EMPTY.firewall
+    state, firewall, tables = EMPTY, EMPTY.firewall, EMPTY.iptables
     try:
         state = world.read_routing()
     except KernelError as error:
@@ -212,7 +318,13 @@ def _read(world: World, errors: list[KernelError] | None = None) -> KernelState:
         if errors is None:
             raise
         errors.append(error)
-    return replace(state, firewall=firewall)
+    try:
+        tables = world.read_tables()
+    except KernelError as error:
+        if errors is None:
+            raise
+        errors.append(error)
+    return replace(state, firewall=firewall, iptables=tables)
 
 
 def _failure(errors: list[KernelError], changed: list[str], left: tuple[str, ...]) -> KernelError:

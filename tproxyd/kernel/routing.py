@@ -21,7 +21,6 @@ import errno
 import functools
 import importlib.util
 import os
-import socket
 import sys
 import types
 from collections.abc import Callable
@@ -29,14 +28,15 @@ from typing import Any, NamedTuple
 
 from tproxyd.addr import fold
 from tproxyd.errors import KernelError
-from tproxyd.kernel import netlink, sysctls
+from tproxyd.kernel import items, netlink, sysctls
 from tproxyd.kernel.chains import mark_mask
 from tproxyd.kernel.desired import Facts
-from tproxyd.kernel.firewall import FULL_MASK, Family
+from tproxyd.kernel.firewall import Family
 from tproxyd.kernel.netlink import RTM_DELROUTE, RTM_DELRULE, RTM_GETROUTE, RTM_GETRULE, Item
 from tproxyd.kernel.state import (
     MARK_SYSCTLS,
     NUMBERS,
+    Address,
     Change,
     KernelState,
     PolicyRule,
@@ -47,27 +47,11 @@ from tproxyd.kernel.state import (
     remembered,
 )
 
-_LO = 1
-_AF: dict[Family, int] = {4: socket.AF_INET, 6: socket.AF_INET6}
 _LENGTH: dict[Family, int] = {4: 32, 6: 128}  # of an address in bits
 
-# include/uapi/linux/rtnetlink.h, fib_rules.h, if.h
-_RTN_LOCAL = 2
+# include/uapi/linux/rtnetlink.h, if.h
 _RT_TABLE_LOCAL = 255
-_RT_SCOPE_HOST = 254
-_FR_ACT_TO_TBL = 1
 _IFF_UP = 1
-# The metric that IPv6 gives to a route without one (IP6_RT_PRIO_USER, include/linux/ipv6_route.h).
-_METRIC_V6 = 1024
-_ROUTE_ATTRIBUTES = {
-    *(netlink.DST, netlink.TABLE, netlink.OIF, netlink.PRIORITY),
-    *(netlink.ROUTE_CACHEINFO, netlink.ROUTE_PREF),
-}
-_RULE_ATTRIBUTES = {
-    *(netlink.TABLE, netlink.PRIORITY, netlink.RULE_PROTOCOL),
-    *(netlink.RULE_MARK, netlink.RULE_MASK),
-    netlink.RULE_SUPPRESS_PREFIXLEN,  # always listed; all ones = not used
-}
 _HINTS = {
     errno.EPERM: "run it as root, or give it CAP_NET_ADMIN",
     errno.EAGAIN: "try again",
@@ -79,7 +63,7 @@ _HINTS = {
     errno.EAFNOSUPPORT: "does this kernel have policy routing (CONFIG_IPV6_MULTIPLE_TABLES)?",
 }
 _NO_HINT = "`tproxyd doctor` looks at everything that this needs"
-_GONE = (errno.ENOENT, errno.ESRCH)
+_GONE = (errno.ENOENT, errno.ESRCH, errno.EADDRNOTAVAIL)
 _NO_FAMILY = (errno.EOPNOTSUPP, errno.EAFNOSUPPORT)
 
 
@@ -107,6 +91,7 @@ class Routing:
             sysctls_writable=all(sysctls.is_writable(name) for name in MARK_SYSCTLS),
             lo_up=self._lo_up(),
             own=self._own(),
+            ip_tables=(4, 6) if os.path.exists("/proc/net/if_inet6") else (4,),
         )
 
     def read(self) -> KernelState:
@@ -116,9 +101,23 @@ class Routing:
         values = ((name, sysctls.value(name)) for name in MARK_SYSCTLS if name in owned)
         return KernelState(
             sysctls=tuple(Sysctl(name, value) for name, value in values if value),
-            routes=tuple(map(_route, routes)),
-            rules=tuple(map(_rule, rules)),
+            routes=tuple(map(items.route, routes)),
+            rules=tuple(map(items.rule, rules)),
+            addresses=tuple(self._addresses()),
         )
+
+    def _addresses(self) -> list[Address]:
+        try:
+            found = self._reader().addresses(items.LO)
+        except OSError as error:
+            if error.errno in _NO_FAMILY:
+                return []
+            raise _refusal("read the addresses of lo", error) from error
+        return [
+            Address(address, protocol)
+            for address, length, protocol in found
+            if protocol in NUMBERS and length == 128
+        ]
 
     def apply(self, change: Change) -> None:
         """Make one change to a sysctl, route or rule; KernelError when the kernel refuses."""
@@ -129,18 +128,25 @@ class Routing:
             case Sysctl() as old, None:
                 self._write(old.name, 0)
             case None, Route() as new:
-                self._ask(change, "route", "add", **_route_arguments(new))
+                self._ask(change, "route", "add", **items.route_arguments(new))
             case _, Route() as new:
-                self._ask(change, "route", "replace", **_route_arguments(new))
+                self._ask(change, "route", "replace", **items.route_arguments(new))
             case Route() as old, None:
-                self._drop(change, "route", "del", **_route_arguments(old))
+                self._drop(change, "route", "del", **items.route_arguments(old))
+            case None, Address() as new:
+                self._ask(change, "addr", "add", **items.address_arguments(new))
+            case Address() as old, Address() as new:
+                self._drop(change, "addr", "del", **items.address_arguments(old))
+                self._ask(change, "addr", "add", **items.address_arguments(new))
+            case Address() as old, None:
+                self._drop(change, "addr", "del", **items.address_arguments(old))
             case None, PolicyRule() as new:
-                self._ask(change, "rule", "add", **_rule_arguments(new))
+                self._ask(change, "rule", "add", **items.rule_arguments(new))
             case PolicyRule() as old, PolicyRule() as new:
-                self._ask(change, "rule", "add", **_rule_arguments(new))
-                self._drop(change, "rule", "del", **_rule_arguments(old))
+                self._ask(change, "rule", "add", **items.rule_arguments(new))
+                self._drop(change, "rule", "del", **items.rule_arguments(old))
             case PolicyRule() as old, None:
-                self._drop(change, "rule", "del", **_rule_arguments(old))
+                self._drop(change, "rule", "del", **items.rule_arguments(old))
             case (UnknownRoute() | UnknownRule()) as old, None:
                 self._drop_unknown(change, old)
             case _:
@@ -150,7 +156,7 @@ class Routing:
         """What others have in our way, in sentences: routes in our table, rules for our mark."""
         found: list[str] = []
         ours = mark_mask(mark)
-        for family in _AF:
+        for family in items.AF:
             for item in self._list(RTM_GETROUTE, family, table=table):
                 if item.protocol not in NUMBERS and item.number(netlink.TABLE) == table:
                     where = f"{item.address(netlink.DST) or 'default'}/{item.dst_len}"
@@ -160,7 +166,7 @@ class Routing:
                     continue
                 at, to = item.number(netlink.PRIORITY) or 0, item.number(netlink.TABLE)
                 rule = f"another program's IPv{family} rule at priority {at}"
-                value, mask = item.number(netlink.RULE_MARK), _mask(item)
+                value, mask = item.number(netlink.RULE_MARK), items.mask_of(item)
                 if to == table:
                     found.append(f"{rule} sends packets to table {table}")
                 elif value is not None and not (mark ^ value) & mask & ours:
@@ -197,7 +203,7 @@ class Routing:
         """The first that reads so: of two equal ones only one goes."""
         routes, rules = self._ours()
         is_route = isinstance(what, UnknownRoute)
-        read: Callable[[Item], object] = _route if is_route else _rule
+        read: Callable[[Item], object] = items.route if is_route else items.rule
         found = next((item for item in (routes if is_route else rules) if read(item) == what), None)
         self._read = None
         if found is None:
@@ -215,7 +221,7 @@ class Routing:
             return self._read
         routes: list[Item] = []
         rules: list[Item] = []
-        for family in _AF:
+        for family in items.AF:
             for number in NUMBERS:
                 found = self._list(RTM_GETROUTE, family, protocol=number)
                 routes += [item for item in found if item.protocol == number]
@@ -228,22 +234,24 @@ class Routing:
         """The addresses of this host, without those that are such through us."""
         return frozenset(
             fold(host)
-            for family in _AF
-            for item in self._list(RTM_GETROUTE, family, table=_RT_TABLE_LOCAL, action=_RTN_LOCAL)
-            if item.action == _RTN_LOCAL and item.dst_len == _LENGTH[family]
+            for family in items.AF
+            for item in self._list(
+                RTM_GETROUTE, family, table=_RT_TABLE_LOCAL, action=items.RTN_LOCAL
+            )
+            if item.action == items.RTN_LOCAL and item.dst_len == _LENGTH[family]
             if item.protocol not in NUMBERS and (host := item.address(netlink.DST))
         )
 
     def _list(self, kind: int, family: Family, **only: int) -> list[Item]:
         try:
-            items = self._reader().list(kind, _AF[family], **only)
+            listed = self._reader().list(kind, items.AF[family], **only)
         except OSError as error:
             # There is no such table; or no IPv6.
             if error.errno in _GONE or (family == 6 and error.errno in _NO_FAMILY):
                 return []
             raise _refusal(f"read the IPv{family} routes and rules", error) from error
         # A kernel without IPv6 may also answer with what it has of all families.
-        return [item for item in items if item.family == _AF[family]]
+        return [item for item in listed if item.family == items.AF[family]]
 
     def _reader(self) -> netlink.Netlink:
         if self._netlink is None:
@@ -252,7 +260,7 @@ class Routing:
 
     def _lo_up(self) -> bool:
         try:
-            return bool(self._reader().link_flags(_LO) & _IFF_UP)
+            return bool(self._reader().link_flags(items.LO) & _IFF_UP)
         except OSError as error:
             raise _refusal("look at lo", error) from error
 
@@ -297,76 +305,6 @@ def _pyroute2() -> _Pyroute2:
         if stand_in is not None:
             del sys.modules["pyroute2"]
     return _Pyroute2(IPRoute, NetlinkError)
-
-
-# Messages and items -------------------------------------------------------------------------------
-
-
-def _route(item: Item) -> Route | UnknownRoute:
-    family: Family = 4 if item.family == socket.AF_INET else 6
-    table, number = item.number(netlink.TABLE) or item.table, item.protocol
-    where = f"{item.address(netlink.DST) or 'default'}/{item.dst_len}"
-    destination = "default" if item.dst_len == 0 else where
-    usual = (
-        item.action == _RTN_LOCAL
-        and item.src_len == item.tos == 0
-        and item.number(netlink.OIF) == _LO
-        and item.number(netlink.PRIORITY) in (None, _METRIC_V6)
-        and item.attributes.keys() <= _ROUTE_ATTRIBUTES
-    )
-    if usual:
-        return Route(family, table, number, destination)
-    via = f"via {item.address(netlink.GATEWAY)} dev {item.number(netlink.OIF)}"
-    metric = f"metric {item.number(netlink.PRIORITY)}"
-    text = f"{where} type {item.action} {via} {metric} table {table} proto {number}"
-    return UnknownRoute(family, text)
-
-
-def _route_arguments(route: Route) -> dict[str, object]:
-    everything = "default" if route.family == 4 else "::/0"
-    return {
-        "family": _AF[route.family],
-        "type": "local",
-        "dst": everything if route.destination == "default" else route.destination,
-        "oif": _LO,
-        "scope": _RT_SCOPE_HOST,
-        "table": route.table,
-        "proto": route.protocol,
-    }
-
-
-def _rule(item: Item) -> PolicyRule | UnknownRule:
-    family: Family = 4 if item.family == socket.AF_INET else 6
-    mark, table = item.number(netlink.RULE_MARK), item.number(netlink.TABLE) or item.table
-    priority = item.number(netlink.PRIORITY) or 0
-    number = item.number(netlink.RULE_PROTOCOL) or 0
-    usual = (
-        mark is not None
-        and item.action == _FR_ACT_TO_TBL
-        and item.dst_len == item.src_len == item.tos == item.flags == 0
-        and item.number(netlink.RULE_SUPPRESS_PREFIXLEN) in (None, FULL_MASK)
-        and item.attributes.keys() <= _RULE_ATTRIBUTES
-    )
-    if usual and mark is not None:
-        return PolicyRule(family, priority, mark, _mask(item), table, number)
-    more = " ".join(f"{kind}={value.hex()}" for kind, value in sorted(item.attributes.items()))
-    return UnknownRule(family, f"priority {priority} action {item.action} protocol {number} {more}")
-
-
-def _mask(item: Item) -> int:
-    mask = item.number(netlink.RULE_MASK)
-    return FULL_MASK if mask is None else mask
-
-
-def _rule_arguments(rule: PolicyRule) -> dict[str, object]:
-    return {
-        "family": _AF[rule.family],
-        "priority": rule.priority,
-        "fwmark": rule.mark,
-        "fwmask": rule.mask,
-        "table": rule.table,
-        "protocol": rule.protocol,
-    }
 
 
 def _remembered(routes: list[Item], rules: list[Item]) -> frozenset[str]:

@@ -10,8 +10,8 @@ from tproxyd.kernel.firewall import (
     Family,
     InInterface,
     IpVersion,
+    MadeBy,
     Match,
-    NotMadeBy,
     PortIn,
     Rule,
     SourceIn,
@@ -81,7 +81,11 @@ def _of(prefixes: PrefixSet, family: Family) -> PrefixSet:
 def _owners(take: Intercept) -> tuple[Match, ...]:
     matches: tuple[Match, ...] = ()
     if take.exclude_uids:
-        matches += (NotMadeBy("uid", merge_ranges([(uid, uid) for uid in take.exclude_uids])),)
+        matches += (
+            MadeBy("uid", merge_ranges([(uid, uid) for uid in take.exclude_uids]), negate=True),
+        )
     if take.exclude_gids:
-        matches += (NotMadeBy("gid", merge_ranges([(gid, gid) for gid in take.exclude_gids])),)
+        matches += (
+            MadeBy("gid", merge_ranges([(gid, gid) for gid in take.exclude_gids]), negate=True),
+        )
     return matches

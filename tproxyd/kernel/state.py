@@ -4,9 +4,12 @@
 what lies between the two, reconcile applies it. There is no second list of deletions: clean is
 the way to EMPTY.
 
-Whose is it? The nft table `inet tproxyd` is ours by its name. Rules and routes are ours by their
-routing protocol number (rtm_protocol, FRA_PROTOCOL: a byte that the kernel only stores), so that
-they are found whatever table, mark or priority the configuration of their day gave them.
+Whose is it? The nft table `inet tproxyd` is ours by its name. In the tables of iptables, chains are
+by theirs, and rules in the kernel's own chains by a comment (iptsave.py). A state that was read has
+what any backend holds, a wish at most one: what another has left is removed. Rules and routes are
+ours by their routing protocol number (rtm_protocol, FRA_PROTOCOL: a byte that the kernel only
+stores), so that they are found whatever table, mark or priority the configuration of their day gave
+them.
 
 Sysctls have no owner field, and clean must give them back without a file or a process that
 remembers. So the same byte remembers them: our number is 133 plus a bit for each of MARK_SYSCTLS
@@ -30,6 +33,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
+from tproxyd.config import Backend
 from tproxyd.kernel.firewall import Family, Firewall, Rule, Unknown
 
 FWMARK_ACCEPT = "net.ipv4.tcp_fwmark_accept"
@@ -96,6 +100,25 @@ class Route:
 
 
 @dataclass(frozen=True, slots=True)
+class Address:
+    """An IPv6 address of lo."""
+
+    address: str
+    protocol: int
+
+    @property
+    def slot(self) -> tuple[object, ...]:
+        return ("address", self.address)
+
+    @property
+    def command(self) -> str:
+        return str(self).replace(" addr ", " addr add ")
+
+    def __str__(self) -> str:
+        return f"ip -6 addr {self.address}/128 dev lo proto {self.protocol}"
+
+
+@dataclass(frozen=True, slots=True)
 class PolicyRule:
     """Packets whose mark is `mark` under `mask` are routed by `table`."""
 
@@ -153,7 +176,27 @@ class UnknownRule:
         return f"ip -{self.family} rule {self.text}"
 
 
-Item = Sysctl | Route | UnknownRoute | PolicyRule | UnknownRule
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """Ours in the tables of iptables for one IP version; sorted by table and name."""
+
+    backend: Backend  # iptables-nft or iptables-legacy: the kernel keeps them apart
+    family: Family
+    chains: Firewall = ()
+
+    @property
+    def slot(self) -> tuple[object, ...]:
+        return (self.backend, self.family)
+
+    @property
+    def command(self) -> str:
+        return f"# {self}"
+
+    def __str__(self) -> str:
+        return f"the firewall rules ({self.backend}, IPv{self.family})"
+
+
+Item = Sysctl | Route | UnknownRoute | Address | PolicyRule | UnknownRule | Tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +206,9 @@ class KernelState:
     sysctls: tuple[Sysctl, ...] = ()
     routes: tuple[Route | UnknownRoute, ...] = ()
     rules: tuple[PolicyRule | UnknownRule, ...] = ()
-    firewall: Firewall = ()
+    firewall: Firewall = ()  # of nft
+    iptables: tuple[Tables, ...] = ()
+    addresses: tuple[Address, ...] = ()
 
 
 EMPTY = KernelState()
@@ -206,6 +251,9 @@ class Change:
         if isinstance(self.old, tuple) or isinstance(self.new, tuple):
             verb = "replace" if self.old and self.new else "add" if self.new else "remove"
             return f"{verb} the firewall rules (nft table inet tproxyd)"
+        if isinstance(self.old or self.new, Tables):
+            verb = "replace" if self.old and self.new else "add" if self.new else "remove"
+            return f"{verb} {self.old or self.new}"
         if isinstance(self.new, Sysctl):
             return f"set {self.new}"
         if isinstance(self.old, Sysctl):
@@ -221,6 +269,8 @@ def diff(have: KernelState, want: KernelState) -> tuple[Change, ...]:
         *_paired(have.sysctls, want.sysctls),
         *_paired(have.routes, want.routes),
         *_paired(have.rules, want.rules),
+        *_paired(have.iptables, want.iptables),
+        *_paired(have.addresses, want.addresses),
     ]
     if Counter(have.firewall) != Counter(want.firewall):
         stage = Stage.SET_FIREWALL if want.firewall else Stage.DROP_FIREWALL
@@ -265,8 +315,10 @@ def _stage(old: Item | None, new: Item | None) -> Stage:
     match new or old:
         case Sysctl():
             return Stage.ADD_SYSCTL if builds else Stage.DROP_SYSCTL
-        case Route() | UnknownRoute():
+        case Route() | UnknownRoute() | Address():
             return Stage.ADD_ROUTE if builds else Stage.DROP_ROUTE
+        case Tables():
+            return Stage.SET_FIREWALL if builds else Stage.DROP_FIREWALL
         case _:
             return Stage.ADD_RULE if builds else Stage.DROP_RULE
 
@@ -274,10 +326,24 @@ def _stage(old: Item | None, new: Item | None) -> Stage:
 # Text ---------------------------------------------------------------------------------------------
 
 
+def made_by(state: KernelState) -> list[str]:
+    """What a shell would run for all but the firewall."""
+    parts = (*state.routes, *state.addresses, *state.sysctls, *state.rules)
+    return [item.command for item in parts]
+
+
 def render(state: KernelState) -> str:
     """The state for people: the commands that would make it, then the firewall in words."""
-    lines = [item.command for item in (*state.routes, *state.sysctls, *state.rules)]
-    for chain in state.firewall:
+    lines = made_by(state)
+    for tables in state.iptables:
+        lines += [tables.command, *_in_words(tables.chains)]
+    lines += _in_words(state.firewall)
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _in_words(firewall: Firewall) -> list[str]:
+    lines: list[str] = []
+    for chain in firewall:
         if isinstance(chain, Unknown):
             lines.append(str(chain))
             continue
@@ -286,4 +352,4 @@ def render(state: KernelState) -> str:
             lines.append(f"    {rule}")
             if isinstance(rule, Rule) and rule.comment:
                 lines.append(f"        # {rule.comment}")
-    return "".join(f"{line}\n" for line in lines)
+    return lines

@@ -19,11 +19,13 @@ from tproxyd.kernel.state import (
     NUMBERS,
     OURS,
     REFLECT_V6,
+    Address,
     Change,
     KernelState,
     PolicyRule,
     Route,
     Sysctl,
+    Tables,
     UnknownRoute,
     UnknownRule,
     remembered,
@@ -47,7 +49,12 @@ class FakeKernel:
         writable: bool = True,
         lo_up: bool = True,
         own: frozenset[str] = frozenset(),
+        legacy_rules: bool = False,
+        nft: bool = True,
     ) -> None:
+        self.legacy_rules, self.nft = legacy_rules, nft
+        self.tables: dict[tuple[object, ...], Tables] = {}
+        self.addresses: list[Address] = []
         self.ipv6, self.host_netns, self.lo_up, self.own = ipv6, host_netns, lo_up, own
         self.sysctls = dict(zip(MARK_SYSCTLS, sysctls, strict=True))
         self.writable = writable
@@ -79,6 +86,8 @@ class FakeKernel:
             sysctls_writable=self.writable,
             lo_up=self.lo_up,
             own=self.own,
+            legacy_rules=self.legacy_rules,
+            nft=self.nft,
         )
 
     def read_routing(self) -> KernelState:
@@ -92,6 +101,7 @@ class FakeKernel:
             ),
             routes=tuple(filter(is_ours, self.routes)),
             rules=tuple(filter(is_ours, self.rules)),
+            addresses=tuple(self.addresses),
         )
 
     def read_firewall(self) -> Firewall:
@@ -99,6 +109,10 @@ class FakeKernel:
         if self.unreadable is not None:
             raise self.unreadable
         return self.firewall
+
+    def read_tables(self) -> tuple[Tables, ...]:
+        assert self._locked, "read without the lock"
+        return tuple(self.tables.values())
 
     def apply(self, change: Change) -> None:
         assert self._locked, "written without the lock"
@@ -123,6 +137,17 @@ class FakeKernel:
                 assert firewall == self.firewall, f"replaces what is not there\n{self}"
                 assert firewall != new, f"replaces by the same\n{self}"
                 self.firewall = new
+            case None, Address() as new:
+                assert new not in self.addresses, f"{new} is there already\n{self}"
+                self.addresses.append(new)
+            case Address() as old, None:
+                self.addresses.remove(old)
+            case old, Tables() as tables:
+                assert self.tables.get(tables.slot) == old, f"replaces what is not there\n{self}"
+                assert tables != old, f"replaces by the same\n{self}"
+                self.tables[tables.slot] = tables
+            case Tables() as old, None:
+                assert self.tables.pop(old.slot, None) == old, f"{old} is not there\n{self}"
             case _:
                 raise AssertionError(f"no such change: {change!r}")
         self.written.append(str(change))
@@ -167,7 +192,11 @@ class FakeKernel:
         items.remove(old)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
-        ours = KernelState((), tuple(self.routes), tuple(self.rules), self.firewall)
+        tables = tuple(self.tables.values())
+        addresses = tuple(self.addresses)
+        ours = KernelState(
+            *((), tuple(self.routes), tuple(self.rules), self.firewall, tables, addresses)
+        )
         return f"{render(ours)}{self.sysctls}\n{self.foreign_tables}\n"
 
 

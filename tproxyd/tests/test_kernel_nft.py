@@ -22,12 +22,12 @@ from tproxyd.errors import KernelError
 from tproxyd.kernel import firewall, nft
 from tproxyd.kernel.desired import Facts, desired
 from tproxyd.kernel.firewall import (
+    ESTABLISHED,
     FULL_MASK,
     Chain,
     ConnMark,
     DestinationIn,
     Divert,
-    Established,
     Firewall,
     Icmp,
     InInterface,
@@ -260,7 +260,7 @@ def test_marks_are_written_in_front_of_an_accept() -> None:
 @pytest.mark.parametrize("op", ["in", "=="])
 def test_versions_differ_in_asking_for_a_state(op: str) -> None:
     state = match({"ct": {"key": "state"}}, "established", op)
-    assert read_rule(state, ACCEPT) == Rule((Established(),), Verdict.ACCEPT)
+    assert read_rule(state, ACCEPT) == Rule((ESTABLISHED,), Verdict.ACCEPT)
 
 
 @pytest.mark.parametrize("right", [["icmpv6", "icmp"], ["icmp", "ipv6-icmp"], [58, 1]])
@@ -292,9 +292,8 @@ def test_marks_of_32_bits_have_no_mask() -> None:
     [
         [],
         [TCP],
-        [TCP, ACCEPT],  # "anything TCP": not the "anything" that the rest would say
         [{"counter": {"packets": 1, "bytes": 1}}, ACCEPT],
-        [match({"meta": {"key": "oifname"}}, "lo"), ACCEPT],
+        [match({"meta": {"key": "oifname"}}, "lo", "!="), ACCEPT],
         [match({"meta": {"key": "iifname"}}, "lo", "!="), ACCEPT],
         [match({"meta": {"key": "iifname"}}, 1), ACCEPT],
         [match(DPORT, "@bypass"), ACCEPT],
@@ -322,19 +321,18 @@ def test_marks_of_32_bits_have_no_mask() -> None:
         [{"redirect": {"port": {"range": [1, 2]}}}],
         [{"redirect": {"port": 1, "flags": "random"}}],
         [{"masquerade": None}],
-        [match({"ct": {"key": "state"}}, ["established", "related"], "in"), ACCEPT],
-        [match({"ct": {"key": "state"}}, "new", "in"), ACCEPT],
+        [match({"ct": {"key": "state"}}, "new", "!="), ACCEPT],
         [match({"meta": {"key": "l4proto"}}, {"set": ["icmp", "udp"]}), ACCEPT],
         [match({"meta": {"key": "l4proto"}}, {"set": ["icmp", ["udp"]]}), ACCEPT],
         [match({"meta": {"key": "l4proto"}}, "icmp"), ACCEPT],
-        [match({"meta": {"key": "skuid"}}, 1337), ACCEPT],
+        [match({"meta": {"key": "skuid"}}, "root"), ACCEPT],
         [match({"meta": {"key": "skuid"}}, "root", "!="), ACCEPT],
         [match({"fib": {"result": "type", "flags": ["daddr"]}}, "unicast"), ACCEPT],
         [match({"&": [FLAGS, ["fin", "syn", "rst"]]}, "syn", "!="), ACCEPT],
         [{"mangle": {"key": MARK, "value": {"^": [MARK, 1]}}}],
         [{"mangle": {"key": MARK, "value": {"|": [{"&": [CT_MARK, 0]}, 1]}}}],
         [ACCEPT, {"drop": None}],
-        [{"jump": {"target": "c"}}],
+        [{"jump": {"target": 1}}],
         ["nonsense"],
         [{"match": {"op": "==", "left": None, "right": None}}, ACCEPT],
     ],
@@ -343,13 +341,20 @@ def test_what_is_not_in_the_algebra_is_unknown(statements: list[object]) -> None
     assert isinstance(read_rule(*statements), Unknown)
 
 
+# Of the istio scheme only; what nft makes of that is tested in namespaces.
+OF_ISTIO: set[object] = {firewall.OutInterface, firewall.Tcp, firewall.UdpPort}
+DONE_BY_ISTIO: set[object] = {
+    *(firewall.Jump, firewall.SaveMark, firewall.RestoreMark, firewall.SetZone),
+}
+
+
 def test_the_sample_has_every_form() -> None:
     """A match or an action that it lacks is one that no version of nft was seen to list."""
     rules = [rule for chain in wanted() if isinstance(chain, Chain) for rule in chain.rules]
     seen = {type(part) for rule in rules if isinstance(rule, Rule) for part in rule.matches}
-    assert seen == set(get_args(firewall.Match))
+    assert seen == set(get_args(firewall.Match)) - OF_ISTIO
     done = {type(rule.action) for rule in rules if isinstance(rule, Rule)}
-    assert done == set(get_args(firewall.Action))
+    assert done == set(get_args(firewall.Action)) - DONE_BY_ISTIO
     negated = {repr(m) for r in rules if isinstance(r, Rule) for m in r.matches}
     for name in ("Syn", "ForUs", "PortIn", "DestinationIn"):
         for negate in (True, False):
