@@ -161,7 +161,9 @@ class Namespace:
                 "ip -6 route show table all",
             )
         ]
-        return "\n".join([*parts, *(f"{name} = {self.sysctl(name)}" for name in MARK_SYSCTLS)])
+        text = "\n".join([*parts, *(f"{name} = {self.sysctl(name)}" for name in MARK_SYSCTLS)])
+        # A new veth pair has its carrier a moment after it is up (net/core/link_watch.c).
+        return text.replace(" linkdown", "")
 
 
 def _family_of(host: str) -> int:

@@ -8,6 +8,7 @@ import pty
 import pwd
 import re
 import resource
+import select
 import signal
 import time
 from collections.abc import Callable
@@ -15,9 +16,11 @@ from contextlib import suppress
 
 import pytest
 
+from tproxyd.config import Config
 from tproxyd.errors import KernelError
 from tproxyd.linux import CAP_SETGID
 from tproxyd.proc import reconciler, run_command, supervisor
+from tproxyd.proc.reconciler import Kernel, Report, Verb
 from tproxyd.proc.run_command import Command, User, user
 from tproxyd.tests.daemons import (
     PATIENCE_S,
@@ -27,6 +30,7 @@ from tproxyd.tests.daemons import (
     ignores_drain,
     never_ready,
     refuses_install,
+    tells_verbs,
 )
 
 root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
@@ -169,10 +173,31 @@ def test_before_it_runs_a_signal_is_a_stop() -> None:
     argv = shell("echo CMD runs")
     with Daemon(never_ready, argv=argv, drain_timeout_s=0.01) as daemon:
         daemon.wait_line("admin endpoint")
-        daemon.signal(signal.SIGUSR1)  # means nothing to us
+        daemon.signal(signal.SIGUSR1)
+        assert daemon.get("/readyz")[1].startswith("starting")  # it means nothing to us
         daemon.signal(signal.SIGHUP)
         assert "CMD runs" not in daemon.rest()
         assert daemon.wait() == 128 + signal.SIGHUP
+
+
+def stops_us_while_it_installs(config: Config) -> Kernel:
+    kernel = tells_verbs(config)
+
+    def do(verb: Verb) -> Report:
+        if verb is Verb.INSTALL:
+            os.kill(os.getppid(), signal.SIGTERM)
+        return kernel(verb)
+
+    return do
+
+
+def test_a_stop_while_rules_are_made_is_no_start() -> None:
+    argv = shell("echo CMD runs")
+    with Daemon(load=stops_us_while_it_installs, install=True, argv=argv) as daemon:
+        said = daemon.rest()
+        assert daemon.wait() == 128 + signal.SIGTERM
+        assert "kernel: clean" in said
+        assert "CMD runs" not in said
 
 
 def test_after_its_end_a_signal_cuts_the_drain_short() -> None:
@@ -209,12 +234,13 @@ def test_it_has_signals_and_limits_as_the_daemon_found_them() -> None:
     def before() -> None:
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup tproxyd exec …
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup tproxyd exec … &
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     with Daemon(argv=SHOW, before=before) as daemon:
         shown = status(daemon)
         assert shown["SigBlk"] == "0" * 16
-        assert int(shown["SigIgn"], 16) == 1 << (signal.SIGHUP - 1)
+        assert int(shown["SigIgn"], 16) == 1 << (signal.SIGHUP - 1) | 1 << (signal.SIGINT - 1)
         assert daemon.wait() == 0
     with Daemon(argv=shell("ulimit -Sn"), before=before) as daemon:
         daemon.wait_line("^200$")
@@ -249,11 +275,11 @@ def test_it_has_the_terminal() -> None:
     shown = b""
     typed = {b"CMD waits": b"\x03", b"CMD hears INT": b"\x1c"}
     with suppress(OSError):  # EIO: the other side is gone
-        while data := os.read(terminal, 1000):
-            shown += data
+        while select.select([terminal], (), (), PATIENCE_S)[0]:
+            shown += os.read(terminal, 1000)
             for said in [each for each in typed if each in shown]:
                 os.write(terminal, typed.pop(said))
-    os.close(terminal)
+    os.close(terminal)  # who is still there is told so by SIGHUP
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9, shown.decode()
     assert shown.count(b"CMD hears INT") == 1
 
