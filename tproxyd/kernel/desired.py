@@ -304,7 +304,7 @@ def notes(config: Config, facts: Facts) -> tuple[str, ...]:
     if config.rules.scheme is Scheme.ISTIO:
         said.append(
             "scheme istio, as istio-iptables has it: no connection while SYN cookies are in use,"
-            " none where src_valid_mark is 1, and connections older than the rules end"
+            " none where src_valid_mark is 1, and under iptables older connections end"
         )
     elif dials_here(config, facts):
         said.append(return_path(config, facts).why)

@@ -258,6 +258,7 @@ def _chain(iptc: Foreign, table: Foreign, name: str) -> Foreign:
     return iptc.Chain(table, name)
 
 
+_IP6T_F_PROTO = 0x01  # include/uapi/linux/netfilter_ipv6/ip6_tables.h
 _FIELDS = {"-s": "src", "-d": "dst", "-i": "in_interface", "-o": "out_interface", "-p": "protocol"}
 
 
@@ -280,6 +281,10 @@ def _rule(iptc: Foreign, family: Family, chain: Foreign, words: list[str]) -> Fo
         if word in _FIELDS:
             value = {"ipv6-icmp": "icmpv6"}.get(values[0], values[0])
             setattr(rule, _FIELDS[word], negate + value)
+            if word == "-p" and family == 6:
+                # Without it the kernel does not look at the protocol at all; of "!" the library
+                # takes it away.
+                rule.entry.ipv6.flags |= _IP6T_F_PROTO
         elif word == "-m":
             of = rule.create_match(values[0])
         elif word in ("-j", "-g"):
