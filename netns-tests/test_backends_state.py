@@ -19,6 +19,7 @@ from tproxyd.config import Backend, Config, Intercept, Listener, Rules, Scheme, 
 from tproxyd.istio.options import ALL, IstioOptions, Mode
 from tproxyd.kernel import legacy, reconcile, xtables
 from tproxyd.kernel.desired import backend as choose
+from tproxyd.kernel.firewall import Family
 
 OUTBOUND = Intercept(Scope.OUTBOUND, Via.REDIRECT, exclude_uids=(1337, 1400))
 LISTENERS = {
@@ -169,6 +170,22 @@ def test_an_unchanged_legacy_table_is_read_once(
     pod.run("iptables-legacy", "-t", "mangle", "-D", "TPROXYD_OUTPUT", "1")
     with pytest.raises(AssertionError, match="a process was started"):
         pod.inside(reconcile.check, config)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
+def test_legacy_tables_are_bit_for_bit_those_of_iptables(pod: Namespace, config: Config) -> None:
+    """A listing does not show everything: python-iptables' rules for "lo" once matched "p1"."""
+    pytest.importorskip("iptc")
+    pod.inside(reconcile.install, with_backend(config, "iptables-legacy"))
+    families: tuple[Family, ...] = (4, 6)
+    for family in families:
+        command = "iptables-legacy" if family == 4 else "ip6tables-legacy"
+        names = pod.inside(xtables.names, family)
+        assert "mangle" in names
+        ours = {name: pod.inside(xtables.content, family, name) for name in names}
+        pod.run(f"{command}-restore", stdin=pod.run(f"{command}-save"))
+        for name in names:
+            assert pod.inside(xtables.content, family, name) == ours[name], name
 
 
 # What goes wrong ----------------------------------------------------------------------------------
