@@ -182,6 +182,8 @@ class Choice(NamedTuple):
 
 def return_path(config: Config, facts: Facts) -> Choice:
     """How answers on this host find home (if `dials_here`), and a sentence that says why."""
+    if config.rules.scheme is Scheme.ISTIO:
+        return Choice(ReturnPath.CONNTRACK, "return path conntrack: scheme istio has no other")
     chosen = config.rules.return_path
     if chosen is not ReturnPath.AUTO:
         return Choice(chosen, f"return path {chosen}: the configuration says so")
