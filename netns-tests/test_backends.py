@@ -58,6 +58,8 @@ def test_application_sees_who_a_header_names(
 ) -> None:
     trust = "[[listener]]\n[[listener.proxy_protocol]]\n"
     trust += 'from = ["10.9.1.0/24", "fd00:9:1::/64"]\npolicy = "require"\n'
+    # An answer is routed before it gets the mark of its connection: some route there must be.
+    net.pod.ip(f"route add default via {family.client}")
     with Daemon(net.pod, rules(backend, scheme) + trust):
         net.app(family)
         client = net.connect(family)
@@ -67,18 +69,20 @@ def test_application_sees_who_a_header_names(
         assert_talks(Pair(client, app))
 
 
-@pytest.mark.parametrize(("scheme", "lives"), [("lean", True), ("istio", False)])
+@schemes
 def test_a_connection_that_is_older(
-    net: Topology, family: Family, backend: str, scheme: str, lives: bool
+    net: Topology, family: Family, backend: str, scheme: str
 ) -> None:
+    """Those of istio-iptables hand it to xt_TPROXY, which drops it; nft's tproxy lets it pass."""
+    lives = scheme == "lean" or backend == "nft"
     old = net.pair(family)
-    with Daemon(net.pod, rules(backend, scheme)) as daemon:
+    with Daemon(net.pod, "drain_timeout_s = 0.1\n" + rules(backend, scheme)) as daemon:
         old.client.settimeout(SHORT_S)
         old.app.settimeout(SHORT_S)
         if lives:
             assert_talks(old)
             assert_talks(net.pair(family))
-            assert daemon.stop() == 0
+            assert daemon.stop(timeout=20) == 0
             assert_talks(old)
         else:
             with pytest.raises((TimeoutError, ConnectionError)):
@@ -149,8 +153,9 @@ def test_a_list_of_ports(net: Topology, backend: str, scheme: str) -> None:
 
 def _is_taken(net: Topology, port: int, source: Namespace | None = None, host: str = "") -> bool:
     app = net.app() if port == PORT else net.keep(net.pod.listen("0.0.0.0", port))
-    client = net.keep((source or net.client).connect(host or V4.pod, port))
-    return bool(net.keep(app.accept()[0]).getpeername() != client.getsockname())
+    client = (source or net.client).connect(host or V4.pod, port)
+    with client, app.accept()[0] as accepted:
+        return bool(accepted.getpeername() != client.getsockname())
 
 
 def test_selectors(net: Topology, backend: str) -> None:
@@ -175,8 +180,7 @@ def test_two_listeners(net: Topology, backend: str) -> None:
     with Daemon(net.pod, config) as daemon:
         assert _is_taken(net, 80)
         assert _is_taken(net, 81)
-        assert daemon.metric("tproxyd_connections_active", listener="web") == 1
-        assert daemon.metric("tproxyd_connections_active", listener="rest") == 1
+        assert {record["listener"] for record in daemon.wait_log(2)} == {"web", "rest"}
 
 
 def test_forwarded_connections_go_their_way(net: Topology, family: Family, backend: str) -> None:

@@ -182,6 +182,8 @@ class Choice(NamedTuple):
 
 def return_path(config: Config, facts: Facts) -> Choice:
     """How answers on this host find home (if `dials_here`), and a sentence that says why."""
+    if config.rules.scheme is Scheme.ISTIO:
+        return Choice(ReturnPath.CONNTRACK, "return path conntrack: scheme istio has no other")
     chosen = config.rules.return_path
     if chosen is not ReturnPath.AUTO:
         return Choice(chosen, f"return path {chosen}: the configuration says so")
@@ -304,7 +306,7 @@ def notes(config: Config, facts: Facts) -> tuple[str, ...]:
     if config.rules.scheme is Scheme.ISTIO:
         said.append(
             "scheme istio, as istio-iptables has it: no connection while SYN cookies are in use,"
-            " none where src_valid_mark is 1, and connections older than the rules end"
+            " none where src_valid_mark is 1, and under iptables older connections end"
         )
     elif dials_here(config, facts):
         said.append(return_path(config, facts).why)

@@ -15,8 +15,8 @@ In TPROXY mode, where C is the client, P the pod, and 1337 the mark:
                and so is inbound once more
 
 Known to fail by these very rules, whoever programs them: clients while SYN cookies are in use, all
-of them where src_valid_mark is 1, and connections that are older than the rules. The lean scheme
-has none of the three.
+of them where src_valid_mark is 1, and, under iptables, connections that are older than the rules.
+The lean scheme has none of the three.
 
 Under nft it is one table, ours, where a chain has its table's name in front (mangle_ISTIO_INBOUND).
 One rule is added there: nft's tproxy lets pass what nobody listens for, where xt_TPROXY drops it,

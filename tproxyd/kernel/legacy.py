@@ -10,6 +10,7 @@ The only importer of iptc, and it imports it in a child process only. What is bu
 - With autocommit it swallows errors. A table is committed once, by hand, and read back.
 - It asks every table that there could be for a target's name, and that creates them: it is told of
   the one table that is being changed only.
+- Of IPv6 it gets two things wrong, which _mend puts right.
 - A table, once it is there, stays (iptables -t mangle -L makes one): we leave an empty one behind.
 
 It is given the script that iptables-restore would be given (iptsave.py), and says it in the
@@ -260,6 +261,8 @@ def _chain(iptc: Foreign, table: Foreign, name: str) -> Foreign:
     return iptc.Chain(table, name)
 
 
+_IP6T_F_PROTO = 0x01  # include/uapi/linux/netfilter_ipv6/ip6_tables.h
+_NAMES = {"-i": "iniface", "-o": "outiface"}
 _FIELDS = {"-s": "src", "-d": "dst", "-i": "in_interface", "-o": "out_interface", "-p": "protocol"}
 
 
@@ -282,6 +285,11 @@ def _rule(iptc: Foreign, family: Family, chain: Foreign, words: list[str]) -> Fo
         if word in _FIELDS:
             value = {"ipv6-icmp": "icmpv6"}.get(values[0], values[0])
             setattr(rule, _FIELDS[word], negate + value)
+            entry = rule.entry.ip if family == 4 else rule.entry.ipv6
+            if value.endswith("+"):  # as the commands have it; only the mask means anything
+                setattr(entry, _NAMES[word], value.encode())
+            if family == 6:
+                _mend(entry, word)
         elif word == "-m":
             of = rule.create_match(values[0])
         elif word in ("-j", "-g"):
@@ -292,6 +300,21 @@ def _rule(iptc: Foreign, family: Family, chain: Foreign, words: list[str]) -> Fo
             of.set_parameter(word[2:], values)
         negate = ""
     return rule
+
+
+def _mend(entry: Foreign, option: str) -> None:
+    """What the library (1.2.0) gets wrong of IPv6, and no listing shows.
+
+    Without the flag the kernel does not look at the protocol at all: `! -p tcp` is everything. And
+    where the mask of an interface is 1, not 255, only the lowest bit of each letter counts: "p1" is
+    "lo".
+    """
+    if option == "-p":
+        entry.flags |= _IP6T_F_PROTO
+    elif option == "-i":
+        entry.iniface_mask = b"\xff" * len(entry.iniface_mask)
+    elif option == "-o":
+        entry.outiface_mask = b"\xff" * len(entry.outiface_mask)
 
 
 def _line(rule: Foreign) -> str:

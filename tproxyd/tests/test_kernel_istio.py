@@ -415,7 +415,7 @@ def test_accept_mark_is_not_istios() -> None:
 def test_a_configuration_is_installed() -> None:
     kernel = FakeKernel()
     before = str(kernel)
-    install(config(), world=kernel)
+    assert install(config(), world=kernel).return_path is ReturnPath.CONNTRACK
     assert check(config(), world=kernel).differs == ()
     assert not any(kernel.sysctls.values())
     clean(world=kernel)
