@@ -48,8 +48,8 @@ def round_trip(patient: Patient) -> Iterator[Check]:
                 name,
                 Verdict.FAIL,
                 f"as {client} to {own}: {error.strerror or error}; the way home is broken",
-                f"look at: ip rule, ip route show table {patient.config.table},"
-                f" nft list table inet tproxyd; tproxyd install puts them right",
+                f"look at: ip rule, ip route show table {patient.config.table}, and what"
+                " tproxyd rules prints; tproxyd install puts them right",
             )
         else:
             yield Check(name, Verdict.OK, f"connected as {client}; the far end saw {seen}")
