@@ -130,3 +130,25 @@ def test_ipv6_is_off(net: Topology) -> None:
     net.pod.sysctl("net/ipv6/conf/all/disable_ipv6", 1)
     with Daemon(net.pod):
         assert "IPv6" in tproxyd(net.pod, "doctor").stdout
+
+
+def test_the_istio_scheme(net: Topology) -> None:
+    """What its rules are known to lose."""
+    config = '[rules]\nscheme = "istio"\n'
+    net.pod.ip("route add default via 10.9.1.2", "route add default via fd00:9:1::2")
+    with Daemon(net.pod, config):
+        assert complaints(tproxyd(net.pod, "doctor", "--json", config=config)) == {}
+        net.pod.sysctl("net/ipv4/tcp_syncookies", 2)
+        net.pod.sysctl("net/ipv4/conf/all/src_valid_mark", 1)
+        found = complaints(tproxyd(net.pod, "doctor", "--json", config=config))
+        assert found.keys() == {"tcp_syncookies", "src_valid_mark"}
+
+
+def test_conntrack_without_a_route_to_clients(net: Topology) -> None:
+    config = '[rules]\nreturn_path = "conntrack"\n'
+    with Daemon(net.pod, config):
+        found = complaints(tproxyd(net.pod, "doctor", "--json", config=config))
+        assert found.keys() == {"round trip IPv4", "round trip IPv6"}
+        assert "ip route get 192.0.2.1" in found["round trip IPv4"]["remedy"]
+        net.pod.ip("route add default via 10.9.1.2", "route add default via fd00:9:1::2")
+        assert complaints(tproxyd(net.pod, "doctor", "--json", config=config)) == {}

@@ -57,6 +57,7 @@ def _examine(config: Config) -> Patient:
         differs=report.differs,
         clashes=clashes,
         unreadable=unreadable,
+        backend=desired.backend(config, facts).backend,
         return_path=desired.return_path(config, facts).path,
         host_netns=facts.host_netns,
         wants_state=desired.desired(config, facts=facts) != KernelState(),

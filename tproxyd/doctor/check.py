@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from tproxyd.config import Config, ReturnPath
+from tproxyd.config import Backend, Config, ReturnPath
 
 _SYSCTL = Path("/proc/sys")
 
@@ -34,6 +34,7 @@ class Patient:
     differs: tuple[str, ...]  # how it differs from what the configuration wants
     clashes: tuple[str, ...]  # what others have where we want to be
     unreadable: str  # why the kernel state cannot be told; "" when it can
+    backend: Backend  # never AUTO
     return_path: ReturnPath
     host_netns: bool
     wants_state: bool  # the configuration needs anything of the kernel at all

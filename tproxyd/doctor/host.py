@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tproxyd.addr import Client, Endpoint, Upstream
-from tproxyd.config import ReturnPath, Scope
+from tproxyd.config import Backend, ReturnPath, Scheme, Scope
 from tproxyd.doctor.check import Check, Patient, Verdict, interfaces, sysctl
 from tproxyd.flow.connect import Sockets
 from tproxyd.flow.listen import has_ipv6
@@ -129,7 +129,7 @@ def sysctls(patient: Patient) -> Iterator[Check]:
         yield from _reflect("ipv4")
         if has_ipv6():
             yield from _reflect("ipv6")
-    if patient.holds_elsewhere:
+    if patient.holds_elsewhere or patient.config.rules.scheme is Scheme.ISTIO:
         yield _marked_packets()
     elif patient.wants_state:
         # Both measured harmless for local destinations: what comes over lo keeps the route that it
@@ -170,8 +170,14 @@ def _marked_packets() -> Check:
 def forwarding(patient: Patient) -> Iterator[Check]:
     """What a router needs besides rules."""
     takes = [each.intercept.scope for each in patient.config.listeners if each.intercepts]
-    if Scope.FORWARD not in takes:
-        return
+    if Scope.FORWARD in takes:
+        yield from _router()
+    by_nft = patient.backend is Backend.NFT  # with iptables its connections are tagged
+    if (Scope.FORWARD in takes and by_nft) or patient.config.rules.scheme is Scheme.ISTIO:
+        yield _cookies()
+
+
+def _router() -> Iterator[Check]:
     for version, name in (("4", "net/ipv4/ip_forward"), ("6", "net/ipv6/conf/all/forwarding")):
         if version == "6" and not has_ipv6():
             continue
@@ -184,15 +190,17 @@ def forwarding(patient: Patient) -> Iterator[Check]:
                 "off: what is not taken by a listener is dropped, not forwarded",
                 f"sysctl -w {name.replace('/', '.')}=1",
             )
-    if sysctl("net/ipv4/tcp_syncookies") == "2":
-        yield Check(
-            "tcp_syncookies",
-            Verdict.FAIL,
-            "2: the end of such a handshake has no socket, and is forwarded: clients are reset",
-            "sysctl -w net.ipv4.tcp_syncookies=1",
-        )
-    else:
-        yield Check("tcp_syncookies", Verdict.OK, "only where a listener's queue overflows")
+
+
+def _cookies() -> Check:
+    if sysctl("net/ipv4/tcp_syncookies") != "2":
+        return Check("tcp_syncookies", Verdict.OK, "only where a listener's queue overflows")
+    return Check(
+        "tcp_syncookies",
+        Verdict.FAIL,
+        "2: the end of such a handshake belongs to no socket, and these rules lose it",
+        "sysctl -w net.ipv4.tcp_syncookies=1",
+    )
 
 
 def _reflect(version: str) -> Iterator[Check]:

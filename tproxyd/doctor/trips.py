@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tproxyd.addr import Client, Endpoint, Upstream, is_name, is_unix
-from tproxyd.config import Config, Listener
+from tproxyd.config import Config, Listener, ReturnPath
 from tproxyd.doctor.check import Check, Patient, Verdict
 from tproxyd.flow.connect import Sockets
 from tproxyd.flow.listen import endpoint, has_ipv6
@@ -49,10 +49,16 @@ def round_trip(patient: Patient) -> Iterator[Check]:
                 Verdict.FAIL,
                 f"as {client} to {own}: {error.strerror or error}; the way home is broken",
                 f"look at: ip rule, ip route show table {patient.config.table}, and what"
-                " tproxyd rules prints; tproxyd install puts them right",
+                f" tproxyd rules prints; tproxyd install puts them right{_also(patient, client)}",
             )
         else:
             yield Check(name, Verdict.OK, f"connected as {client}; the far end saw {seen}")
+
+
+def _also(patient: Patient, client: str) -> str:
+    if patient.return_path is not ReturnPath.CONNTRACK:
+        return ""
+    return f". By conntrack there must be some route toward clients: ip route get {client}"
 
 
 def names(patient: Patient) -> Iterator[Check]:
