@@ -183,8 +183,11 @@ class Supervisor:
         self._tasks.append(self._loop.create_task(self._watch_kernel()))
         if (interval := systemd.watchdog_interval()) is not None:
             self._tasks.append(self._loop.create_task(_feed_watchdog(interval)))
-        if self._command is not None and not self._stop.is_set():
-            self._command.start()
+        if self._command is not None:
+            for _ in range(3):  # a signal that came before is heard first: wake-up, reader, handler
+                await asyncio.sleep(0)
+            if not self._stop.is_set():
+                self._command.start()
 
     def _describe(self) -> None:
         workers = f"{len(self._slots)} worker{'s' if len(self._slots) > 1 else ''}"
