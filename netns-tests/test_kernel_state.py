@@ -33,8 +33,9 @@ from tproxyd.config import (
 )
 from tproxyd.errors import KernelError
 from tproxyd.kernel.desired import Facts
+from tproxyd.kernel.machine import Machine
 from tproxyd.kernel.nft import LIBRARY, Nft
-from tproxyd.kernel.reconcile import Machine, Report, check, clean, facts, install, rules
+from tproxyd.kernel.reconcile import Report, check, clean, facts, install, rules
 
 HERE = Path(__file__).parent.parent
 CONFIGS = {
@@ -358,9 +359,9 @@ def python(pod: Namespace, code: str, *before: str) -> subprocess.CompletedProce
 KILLED_BEFORE_WRITE = """
     import os, signal
     from tproxyd.config import Config, ReturnPath, Rules
-    from tproxyd.kernel import reconcile
+    from tproxyd.kernel import machine, reconcile
 
-    class Killed(reconcile.Machine):
+    class Killed(machine.Machine):
         left = {number}
 
         def apply(self, change):
@@ -459,7 +460,8 @@ def test_without_protocol_names(pod: Namespace, config: Config, nft: Nft) -> Non
         f"""
         import pickle, socket
         from tproxyd.kernel.nft import Nft
-        from tproxyd.kernel.reconcile import Machine, check, clean, install
+        from tproxyd.kernel.machine import Machine
+        from tproxyd.kernel.reconcile import check, clean, install
         try:
             socket.getprotobyname("tcp")
         except OSError:

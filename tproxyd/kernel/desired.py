@@ -62,11 +62,8 @@ from typing import NamedTuple
 from tproxyd.addr import Endpoint, is_name, is_unix
 from tproxyd.config import Backend, Config, Listener, ReturnPath, Scheme, Scope, SourceKind, Via
 from tproxyd.istio.options import PASSTHROUGH_V6, IstioOptions
-from tproxyd.kernel import istio
 from tproxyd.kernel.chains import firewall, mark_mask
 from tproxyd.kernel.firewall import FULL_MASK, Family
-from tproxyd.kernel.iptchains import chains
-from tproxyd.kernel.istioconfig import istio_options
 from tproxyd.kernel.selectors import takes_nothing
 from tproxyd.kernel.state import (
     MARK_SYSCTLS,
@@ -228,20 +225,24 @@ def desired(config: Config, *, facts: Facts, intercept: bool = True) -> KernelSt
         routes.append(Route(6, _TABLE_LOCAL, protocol, f"{PASSTHROUGH_V6}/128"))
     chosen = backend(config, facts).backend
     nft = chosen is Backend.NFT
-    tables = tuple(
-        Tables(
-            chosen,
-            family,
-            chains(
-                *(config, family),
-                served=family in families,
-                path=path,
-                home=home,
-                intercept=intercept,
-            ),
+    tables: tuple[Tables, ...] = ()
+    if not nft:
+        from tproxyd.kernel.iptchains import chains  # a quarter of a mebibyte, for few
+
+        tables = tuple(
+            Tables(
+                chosen,
+                family,
+                chains(
+                    *(config, family),
+                    served=family in families,
+                    path=path,
+                    home=home,
+                    intercept=intercept,
+                ),
+            )
+            for family in facts.ip_tables
         )
-        for family in (() if nft else facts.ip_tables)
-    )
     return KernelState(
         sysctls=tuple(Sysctl(name, 1) for name in sysctls),
         routes=tuple(routes),
@@ -262,6 +263,8 @@ def _redirected_and_ourselves(listener: Listener) -> bool:
 
 def istio_state(config: Config, facts: Facts, intercept: bool = True) -> KernelState:
     """As istio-iptables would make it for the same connections."""
+    from tproxyd.kernel.istioconfig import istio_options  # half a mebibyte, for few
+
     options = istio_options(config, ipv6=facts.ipv6)
     return desired_istio(options, backend(config, facts).backend, intercept)
 
@@ -270,6 +273,8 @@ def desired_istio(options: IstioOptions, chosen: Backend, intercept: bool = True
     """The state that istio-iptables is told to make. Without `intercept`, no new connection is
     taken.
     """
+    from tproxyd.kernel import istio
+
     families: tuple[Family, ...] = (4, 6) if options.ipv6 else (4,)
     marked = families if options.needs_routes else ()
     taking = options

@@ -30,7 +30,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from tproxyd.config import Backend
@@ -121,7 +120,7 @@ def _ask(action: str, family: Family, request: dict[str, object]) -> dict[str, A
     """What the child answers."""
     import subprocess
 
-    package = str(Path(__file__).resolve().parents[2])
+    package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
     path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH", ""))))
     done = subprocess.run(
         [sys.executable, "-c", _CHILD],

@@ -11,20 +11,11 @@ What happens when a step fails:
 - Removals go on, so that clean removes what can be removed; except that when the sysctl cannot be
   given back, the rules and routes that remember it stay (state.py).
 - The KernelError says what was done all the same and what is still to do.
-
-The lock is an abstract unix socket: such names belong to the network namespace, as the state does,
-vanish with the process that bound them, and need no file, which containers with a read-only root
-would not have. Who finds it taken connects to it and waits for the connection to end.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import socket
-import struct
-import time
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -32,7 +23,6 @@ from typing import Protocol
 from tproxyd.config import Backend, Config, ReturnPath, Rules
 from tproxyd.errors import KernelError
 from tproxyd.istio.options import IstioOptions
-from tproxyd.kernel import iptsave, xtables
 from tproxyd.kernel.desired import (
     PRIORITY,
     BackendChoice,
@@ -44,17 +34,11 @@ from tproxyd.kernel.desired import (
     notes,
     return_path,
 )
-from tproxyd.kernel.firewall import Family, Firewall
-from tproxyd.kernel.iptables import Iptables
-from tproxyd.kernel.legacy import Legacy
-from tproxyd.kernel.nft import Nft
+from tproxyd.kernel.firewall import Firewall
+from tproxyd.kernel.machine import Machine
 from tproxyd.kernel.nftlang import render
 from tproxyd.kernel.routing import Routing
 from tproxyd.kernel.state import EMPTY, Change, KernelState, Stage, Tables, diff, made_by
-
-LOCK_NAME = "\0tproxyd/kernel"
-# A whole reconcile takes tens of milliseconds, an nft command of an overloaded machine seconds.
-LOCK_PATIENCE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,58 +74,6 @@ class World(Protocol):
         ...
 
     def apply(self, change: Change) -> None: ...
-
-
-class Machine:
-    """The kernel of this machine, in the network namespace of the calling thread."""
-
-    def __init__(self, nft: Nft | None = None, *, adopt: bool = False) -> None:
-        """`adopt`: the chains of istio-iptables are taken for ours, whoever has made them."""
-        self._nft = nft or Nft()
-        self._backends: dict[Backend, Iptables | Legacy] = {
-            Backend.IPTABLES_NFT: Iptables(self._nft, adopt=adopt),
-            Backend.IPTABLES_LEGACY: Legacy(adopt=adopt),
-        }
-        self._routing = Routing()
-
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Also the time for which a netlink socket is open."""
-        with _locked(), contextlib.closing(self._routing):
-            yield
-
-    def facts(self) -> Facts:
-        return replace(self._routing.facts(), legacy_rules=xtables.has_rules(), nft=self._has_nft())
-
-    def _has_nft(self) -> bool:
-        try:
-            self._nft.probe()
-        except KernelError:
-            return False
-        return True
-
-    def read_routing(self) -> KernelState:
-        return self._routing.read()
-
-    def read_firewall(self) -> Firewall:
-        """What only nft could have made is not there where there is no nft."""
-        return self._nft.read() if self._has_nft() else ()
-
-    def read_tables(self) -> tuple[Tables, ...]:
-        families: tuple[Family, ...] = (4, 6)
-        found = [each.read(family) for each in self._backends.values() for family in families]
-        return tuple(filter(None, found))
-
-    def apply(self, change: Change) -> None:
-        match change.old, change.new:
-            case _, tuple() as firewall:
-                self._nft.apply(firewall)
-            case _, Tables(backend, family, chains):
-                self._backends[backend].apply(family, chains)
-            case Tables(backend, family), None:
-                self._backends[backend].apply(family, ())
-            case _:
-                self._routing.apply(change)
 
 
 def install(config: Config, *, intercept: bool = True, world: World | None = None) -> Report:
@@ -190,6 +122,8 @@ def _text(want: KernelState, chosen: Backend, said: list[str]) -> str:
     head = "".join(f"{line}\n" for line in (*said, *(f"# {each}" for each in made_by(want)), ""))
     if chosen is Backend.NFT:
         return head + render(want.firewall)
+    from tproxyd.kernel import iptsave
+
     commands = {4: "iptables", 6: "ip6tables"}
     variant = "nft" if chosen is Backend.IPTABLES_NFT else "legacy"
     tools = [f"{commands[each.family]}-{variant}-restore --noflush -w" for each in want.iptables]
@@ -339,56 +273,3 @@ def _failure(errors: list[KernelError], changed: list[str], left: tuple[str, ...
     failure = KernelError(errors[0].action, errors[0].why, errors[0].hint + more)
     failure.__cause__ = ExceptionGroup("every refusal", errors)
     return failure
-
-
-# The lock -----------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _locked() -> Iterator[None]:
-    """One reconcile at a time in this network namespace; KernelError after LOCK_PATIENCE_S."""
-    deadline = time.monotonic() + LOCK_PATIENCE_S
-    with contextlib.ExitStack() as stack:
-        while not _taken(stack):
-            if (remaining := deadline - time.monotonic()) <= 0:
-                why = f"another process ({_holder()}) has been at it for {LOCK_PATIENCE_S:g} s"
-                raise KernelError("change the kernel state", why, "end that process, try again")
-            _wait_for_release(remaining)
-        yield
-
-
-def _taken(stack: contextlib.ExitStack) -> bool:
-    lock = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
-    try:
-        lock.bind(LOCK_NAME)
-    except OSError as error:
-        if error.errno != errno.EADDRINUSE:
-            raise
-        lock.close()
-        return False
-    lock.listen(128)
-    return True
-
-
-def _wait_for_release(patience: float) -> None:
-    """A connection that nobody accepts ends when the holder closes its socket, or dies."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as waiter:
-        waiter.settimeout(patience)
-        try:
-            waiter.connect(LOCK_NAME)
-        except OSError:
-            time.sleep(0.005)  # it is between bind and listen, or has just gone
-            return
-        with contextlib.suppress(OSError):  # a reset or the timeout: the caller looks again
-            waiter.recv(1)
-
-
-def _holder() -> str:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)  # who waited before us may have filled its queue
-        try:
-            probe.connect(LOCK_NAME)
-            raw = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        except OSError:
-            return "it does not say which"
-    return f"process {struct.unpack('3i', raw)[0]}"

@@ -17,7 +17,7 @@ import pytest
 
 from tproxyd.config import Config, ReturnPath, Rules
 from tproxyd.errors import KernelError
-from tproxyd.kernel import reconcile as room
+from tproxyd.kernel import machine as room
 from tproxyd.kernel.desired import PRIORITY, Facts
 from tproxyd.kernel.firewall import Unknown
 from tproxyd.kernel.reconcile import Report, check, clean, install, reconcile, rules
