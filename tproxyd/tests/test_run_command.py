@@ -49,9 +49,12 @@ def shell(script: str) -> tuple[str, ...]:
 
 
 def waits(script: str = "") -> tuple[str, ...]:
-    """CMD that says so and then waits for signals: reading a pipe that nobody writes to."""
-    pipe = "pipe=$(mktemp -u); mkfifo $pipe; exec 9<>$pipe; rm $pipe;"
-    return shell(f"{pipe} {script} echo CMD waits; while :; do read line <&9; done")
+    """CMD that says so and then waits for signals.
+
+    In short naps: a signal that comes just before a shell's read or wait begins is heard at its
+    end only.
+    """
+    return shell(f"{script} echo CMD waits; while :; do sleep 0.02; done")
 
 
 # Its life -----------------------------------------------------------------------------------------
