@@ -20,9 +20,9 @@ What we do:
 - A collision is left for a client that uses p and q at once, a NAT in front. If p comes first, the
   application's socket holds (P:80, C:q), and no software can give that tuple to a second one: the
   SYN from q is answered with RST, so that the client can take another port, or, by conntrack,
-  dropped, so that it tries again (kernel/desired.py).
+  dropped, so that it tries again (kernel/chains.py).
   If q comes first, we take another port for p. The kernel sees it for us: the rule called collision
-  guard (kernel/desired.py) drops a SYN of ours that would meet a transparent connection, before it
+  guard (kernel/chains.py) drops a SYN of ours that would meet a transparent connection, before it
   can do harm. A local connect is complete when connect returns, the whole handshake runs inside it;
   one that is not gets looked up (linux.TupleLookup), and where the tuple is held by another
   connection the next port is tried. It costs nothing when nothing collides, and sees connections of
