@@ -34,12 +34,13 @@ from typing import TYPE_CHECKING
 from tproxyd import __version__
 from tproxyd.config import Config, PerClient
 from tproxyd.errors import KernelError
-from tproxyd.flow.tally import ACTIVE, Layout
+from tproxyd.flow.tally import ACTIVE, LOG_DROPPED, LOG_FAILING, Layout
 from tproxyd.proc import admin, child, counters, status, systemd
+from tproxyd.proc.accesslog import AccessLog
 from tproxyd.proc.clients import ClientTables
 from tproxyd.proc.control import Control
 from tproxyd.proc.reconciler import Reconciler, State, load_to_install
-from tproxyd.proc.startup import age_ms, log_to_stderr, open_access_log, raise_file_limit
+from tproxyd.proc.startup import age_ms, log_to_stderr, raise_file_limit
 from tproxyd.proc.upstreams import FIRST_S, Upstreams
 
 if TYPE_CHECKING:
@@ -86,9 +87,9 @@ class Slot:
         self.restart: asyncio.TimerHandle | None = None
         self.last_words = ""  # what the worker said about its own failure
 
-    def say(self, word: str) -> None:
+    def say(self, word: str, fd: int | None = None) -> None:
         if self.control is not None:
-            self.control.say(word)
+            self.control.say(word, fd)
 
 
 class Supervisor:
@@ -110,7 +111,7 @@ class Supervisor:
         self._upstreams = Upstreams(config, self._tell_workers)
         self._slots: list[Slot] = []
         self._clients: ClientTables | None = None
-        self._access_log: int | None = None
+        self._access_log: AccessLog | None = None
         self._admin: admin.Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._restarts = 0
@@ -138,9 +139,9 @@ class Supervisor:
         finally:
             await self._end()
             # A signal that came while the loop closes would be written to a closed wake-up socket.
-            for number in (*signals, signal.SIGCHLD):
+            for number in (*signals, signal.SIGCHLD, signal.SIGUSR1):
                 self._loop.remove_signal_handler(number)
-            for number in signals:
+            for number in (*signals, signal.SIGUSR1):
                 signal.signal(number, signal.SIG_IGN)
 
     # Start --------------------------------------------------------------------------------------
@@ -148,9 +149,11 @@ class Supervisor:
     async def _start(self) -> None:
         files = raise_file_limit()
         self._upstreams.start()
-        self._access_log = open_access_log(self._config.log.access)
         number_of_slots = self._config.workers or len(os.sched_getaffinity(0))
         self._page = counters.Page(Layout(self._config), number_of_slots)
+        self._access_log = AccessLog(self._config.log.access, self._tell_workers)
+        if self._command is None:  # its signals are CMD's; a moved file is noticed by itself
+            self._loop.add_signal_handler(signal.SIGUSR1, self._access_log.reopen)
         if any(each.per_client != PerClient() for each in self._config.listeners):
             self._clients = ClientTables(number_of_slots, files // 2)
         for number in range(number_of_slots):
@@ -181,6 +184,7 @@ class Supervisor:
         systemd.notify("READY=1", "STATUS=Serving")
         log.info("ready in %d ms", age_ms())
         self._tasks.append(self._loop.create_task(self._watch_kernel()))
+        self._tasks.append(self._loop.create_task(self._access_log.watch(self._log_losses)))
         if (interval := systemd.watchdog_interval()) is not None:
             self._tasks.append(self._loop.create_task(_feed_watchdog(interval)))
         if self._command is not None:
@@ -215,6 +219,8 @@ class Supervisor:
         from tproxyd.proc.worker import WorkerSpec  # see serve
 
         slot.restart = None
+        assert self._access_log is not None
+        access_log = self._access_log.fd
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         spec = WorkerSpec(
             config=self._config,
@@ -222,13 +228,13 @@ class Supervisor:
             listeners=slot.listeners,
             rows=self._page.rows,
             control=theirs,
-            access_log=self._access_log,
+            access_log=access_log,
             upstreams=self._upstreams.picture,
             clients=self._clients,
         )
         keep = [theirs.fileno(), *(sock.fileno() for _, sock in slot.listeners)]
-        if self._access_log is not None:
-            keep.append(self._access_log)
+        if access_log is not None:
+            keep.append(access_log)
         slot.generation += 1
         slot.started_at = time.monotonic()
         slot.started = datetime.now(UTC).isoformat(timespec="seconds")
@@ -254,9 +260,13 @@ class Supervisor:
         elif words.startswith("failed: "):
             slot.last_words = words.removeprefix("failed: ").strip()
 
-    def _tell_workers(self, word: str) -> None:
+    def _tell_workers(self, word: str, fd: int | None = None) -> None:
         for slot in self._slots:
-            slot.say(word)
+            slot.say(word, fd)
+
+    def _log_losses(self) -> tuple[int, dict[str, int]]:
+        of = counters.samples(self._page.layout.cells, self._page.sums())
+        return of[LOG_DROPPED.name].only(), of[LOG_FAILING.name].by("cause")
 
     def _reap(self) -> None:
         with contextlib.suppress(ChildProcessError):
@@ -341,6 +351,8 @@ class Supervisor:
             except KernelError as error:
                 log.error("%s", error)
         await self._end_workers()
+        if self._access_log is not None:
+            self._access_log.close(self._log_losses()[0])
         if self._installed:
             try:
                 await self._kernel.clean()
@@ -459,7 +471,7 @@ def _ending_of(code: int) -> str:
 
 def serve(config: Config, *, install: bool, command: Command | None = None) -> None:
     """`tproxyd run` and `exec`: returns when stopped by a signal, or by the end of the command."""
-    log_to_stderr()
+    log_to_stderr(config.log.daemon_format)
     kernel = Reconciler(config)
     kernel.fork(load_to_install if install else None)
     # uvloop and the data plane, imported only now: its child imports pyroute2 at the same time.

@@ -9,6 +9,9 @@ from __future__ import annotations
 import os
 import socket
 
+# Where the journal takes entries in its own protocol (flow/journal.py), from everybody.
+JOURNAL_SOCKET = "/run/systemd/journal/socket"
+
 
 def notify(*assignments: str) -> bool:
     """Send "READY=1", "STATUS=…", "STOPPING=1" or "WATCHDOG=1"; whether systemd took it."""
