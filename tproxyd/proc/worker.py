@@ -21,13 +21,12 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import uvloop
 
 from tproxyd.addr import Client, Endpoint, Upstream
-from tproxyd.config import JOURNAL, Config, PerClient, Via
+from tproxyd.config import Config, PerClient, Via
 from tproxyd.errors import CloseReason
 from tproxyd.flow import listen, policy
 from tproxyd.flow.announce import announcer
@@ -36,10 +35,8 @@ from tproxyd.flow.clients import ClientCounts
 from tproxyd.flow.connect import Sockets
 from tproxyd.flow.connection import Lane, serve
 from tproxyd.flow.engine import Engine
-from tproxyd.flow.journal import JournalWriter, entry
-from tproxyd.flow.lines import LineWriter
 from tproxyd.flow.origdst import original_destination, redirected_destination
-from tproxyd.flow.record import Record, formatter
+from tproxyd.flow.record import Record
 from tproxyd.flow.relay import Limits
 from tproxyd.flow.stream import Stream
 from tproxyd.flow.tally import Layout
@@ -56,7 +53,7 @@ from tproxyd.proc import privileges
 from tproxyd.proc.cells import Cells, Counting
 from tproxyd.proc.clients import ClientTables
 from tproxyd.proc.control import MAX_WORD
-from tproxyd.proc.systemd import JOURNAL_SOCKET
+from tproxyd.proc.workerlog import WorkerLog
 
 log = logging.getLogger(__name__)
 
@@ -144,8 +141,9 @@ class Worker(Sockets, Counting):
         self._row = spec.rows[spec.slot]
         self._cells = Cells(Layout(config), config)
         self._rows = spec.rows
-        self._log: LineWriter | JournalWriter | None = None
-        self._tell = self._open_log()
+        losses = (self.count_log_dropped, self.log_fails)
+        self._log = WorkerLog(config.log, spec.access_log, loop.call_later, *losses)
+        self._tell = self._log.tell
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         free = soft - _RESERVED_FILES - len(spec.listeners)
         self._capacity = max(1, free // 2)  # connections: two sockets each
@@ -184,22 +182,8 @@ class Worker(Sockets, Counting):
     def _is_here(self, host: str) -> bool:
         return host[0] == "/" or self._kinds.kind(host) == "own"
 
-    def _open_log(self) -> Callable[[Record], None] | None:
-        """The access log, and what tells it of a connection."""
-        spec, log = self._spec, self._spec.config.log
-        ours = (self._loop.call_later, self.count_log_dropped, self.log_fails)
-        if log.access == JOURNAL:
-            self._log = journal = JournalWriter(JOURNAL_SOCKET, *ours)
-            return lambda life: journal.write(entry(life, time.monotonic()))
-        if spec.access_log is None:
-            return None
-        self._log = lines = LineWriter(spec.access_log, *ours)
-        line = formatter(log.format)
-        return lambda life: lines.write(line(life, time.monotonic()))
-
     def finish(self) -> None:
-        if self._log is not None:
-            self._log.close()
+        self._log.close()
         self.engine.close()
         self._kinds.close()
         super().finish()
@@ -256,7 +240,7 @@ class Worker(Sockets, Counting):
         except OSError:
             data = b""
         if data == _LOG:
-            self._use_log(fds)
+            self._log.use(fds)
             return
         if data.startswith(_UPSTREAMS):
             for index, upstreams in json.loads(data.removeprefix(_UPSTREAMS)).items():
@@ -269,13 +253,6 @@ class Worker(Sockets, Counting):
         self._drain()
         if data == b"cut\n":
             self._cut("the stop was cut short")
-
-    def _use_log(self, fds: list[int]) -> None:
-        """The access log was opened anew."""
-        if fds and isinstance(self._log, LineWriter):
-            self._log.use(fds[0])
-        elif not fds:  # the kernel gives none where there is no descriptor free
-            log.error("can't take the reopened access log: out of files; lines go to the old one")
 
     def _drain(self) -> None:
         """Serve what waits in the accept queues, take no more, and leave when all are done."""
