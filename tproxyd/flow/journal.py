@@ -103,6 +103,7 @@ class JournalWriter:
         self._size = 0
         self._scheduled = False
         self._failure: LogFailure | None = None
+        self._refuses = False  # nobody is there: no sooner again than on time
 
     def write(self, data: bytes) -> None:
         if self._size >= self._keep:
@@ -110,12 +111,11 @@ class JournalWriter:
             if self._failure is None:
                 self._set_failure(LogFailure.SLOW_READER)
             return
-        alone = not self._entries
         self._entries.append(data)
         self._size += len(data)
-        if alone:
+        if not self._refuses:
             self.flush()
-            self._schedule()
+        self._schedule()
 
     def _schedule(self) -> None:
         if self._entries and not self._scheduled:
@@ -134,9 +134,11 @@ class JournalWriter:
             except OSError as error:
                 failure = LogFailure.of(error.errno)
                 if failure is not LogFailure.SLOW_READER:  # which it is when something is lost
+                    self._refuses = True
                     self._set_failure(failure)
                 return
             self._size -= len(self._entries.popleft())
+        self._refuses = False
         self._set_failure(None)
 
     def close(self) -> None:
