@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from lib.daemon import ROOT, Daemon, Record, descendants
 from lib.headers import v2
-from lib.load import Load, dropped, ended, refusing
+from lib.loglines import Load, dropped, ended, refusing
 from lib.processes import stopped
 from lib.topology import Topology
 from lib.waits import wait_for

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from lib.daemon import Daemon
 from lib.headers import v2
-from lib.load import Load, dropped, once, refusing
+from lib.loglines import Load, dropped, once, refusing
 from lib.topology import Topology
 from lib.waits import wait_for
 
