@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import socket
@@ -103,10 +104,17 @@ def _arguments() -> argparse.ArgumentParser:
         )
         return each
 
-    command(run, "serve in the foreground").add_argument(
+    serving = command(run, "serve in the foreground")
+    serving.add_argument(
         "--install",
         action="store_true",
         help="make the kernel state once the workers accept, and remove it at the end",
+    )
+    serving.add_argument(
+        "--keep-sockets",
+        action="store_true",
+        help="under systemd with FileDescriptorStoreMax=: a stop may be a restart, so leave the"
+        " listening sockets to systemd, and open connections to the workers",
     )
     beside = command(exec, "serve, and run a program beside it, with whose exit code it ends")
     beside.add_argument(
@@ -153,7 +161,12 @@ def run(args: argparse.Namespace) -> int:
     startup.do_without_openssl()  # which importing the supervisor would load
     from tproxyd.proc import supervisor
 
-    supervisor.serve(config, install=args.install)
+    supervisor.serve(
+        config,
+        install=args.install,
+        reread=functools.partial(read_config, args.config),
+        keep_sockets=args.keep_sockets,
+    )
     return FINE
 
 
@@ -168,7 +181,8 @@ def exec(args: argparse.Namespace) -> int:
     command = Command(args.argv, args.user)
     try:
         command.check()
-        supervisor.serve(config, install=True, command=command)
+        reread = functools.partial(read_config, args.config)
+        supervisor.serve(config, install=True, reread=reread, command=command)
     except KernelError as error:
         return _failed(error, command.code if command.started else REFUSED)
     return command.code
