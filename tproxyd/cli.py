@@ -27,7 +27,7 @@ from tproxyd import __version__, environment
 from tproxyd.addr import Endpoint
 from tproxyd.config import Backend, Config
 from tproxyd.configfile import parse
-from tproxyd.errors import ConfigError, KernelError, Problem, TproxydError
+from tproxyd.errors import ConfigError, KernelError, Problem, TproxydError, Unreachable
 
 if TYPE_CHECKING:
     from tproxyd.proc.run_command import User
@@ -39,10 +39,6 @@ FINE, FOUND, USAGE, REFUSED = 0, 1, 2, 3
 _INTERRUPTED, _PIPE_CLOSED = 128 + 2, 128 + 13  # as a shell reports SIGINT and SIGPIPE
 
 _STATUS_TIMEOUT_S = 5.0
-
-
-class Unreachable(TproxydError):
-    """There is no running daemon to ask."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
