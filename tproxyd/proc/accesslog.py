@@ -16,7 +16,6 @@ becomes two lines of our log: one when it begins, one with the number when it is
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import stat
@@ -24,13 +23,14 @@ from collections.abc import Callable, Mapping
 
 from tproxyd.config import JOURNAL
 from tproxyd.errors import KernelError
-from tproxyd.flow.tally import LogFailure
+from tproxyd.flow.tally import LOG_DROPPED, LOG_FAILING, LogFailure
+from tproxyd.proc.counters import Samples
 from tproxyd.proc.systemd import JOURNAL_SOCKET
 
 log = logging.getLogger("tproxyd")
 
 WORD = "log"  # to a worker, with the file
-LOOK_EVERY_S = 1.0
+FOLLOW_EVERY_S = 1.0
 
 _WHY = {
     LogFailure.NO_SPACE: "no space left for it; make room",
@@ -40,18 +40,16 @@ _WHY = {
 }
 assert _WHY.keys() == set(LogFailure)
 
-Losses = Callable[[], tuple[int, Mapping[str, int]]]
-
 
 class AccessLog:
-    """`tell(word, fd)` says a word to every living worker, and passes it a file."""
+    """That of one generation of workers."""
 
-    def __init__(self, where: str, tell: Callable[[str, int], None]) -> None:
-        self._where, self._tell = where, tell
+    def __init__(self, where: str) -> None:
+        self._where = where
+        # Says a word to every worker, and passes it a file.
+        self.tell: Callable[[str, int], None] = lambda *_: None
         self._is_file = where not in ("", "-", JOURNAL)
         self._failed = False  # to open it again
-        self._dropped, self._before = 0, 0  # lines: at the last look, and when the trouble began
-        self._trouble = False
         try:
             self.fd: int | None = self._open() if self._is_file else 1 if where == "-" else None
             if where == JOURNAL:
@@ -92,16 +90,15 @@ class AccessLog:
             log.info("the access log %s is open again", self._where)
         os.close(self.fd)
         self.fd = fd
-        self._tell(WORD, fd)
+        self.tell(WORD, fd)
 
     def follow(self) -> None:
         """Reopen it where the path no longer leads to it."""
-        if self._is_file and (self._failed or self._moved()):
+        if self.fd is not None and self._is_file and (self._failed or self._moved(self.fd)):
             self.reopen()
 
-    def _moved(self) -> bool:
-        assert self.fd is not None
-        ours = os.fstat(self.fd)
+    def _moved(self, fd: int) -> bool:
+        ours = os.fstat(fd)
         if not stat.S_ISREG(ours.st_mode):
             return False
         try:
@@ -110,9 +107,23 @@ class AccessLog:
             return True
         return (ours.st_dev, ours.st_ino) != (theirs.st_dev, theirs.st_ino)
 
-    def look(self, dropped: int, failing: Mapping[str, int]) -> None:
-        """`dropped` lines so far, and how many workers can't write now, by why."""
-        causes = [why for cause, why in _WHY.items() if failing.get(cause)]
+    def close(self) -> None:
+        if self.fd is not None and self._is_file:
+            os.close(self.fd)
+        self.fd = None
+
+
+class Losses:
+    """What is said of lines that can't be written."""
+
+    def __init__(self) -> None:
+        self._dropped, self._before = 0, 0  # lines: at the last look, and when the trouble began
+        self._trouble = False
+
+    def look(self, counted: Mapping[str, Samples]) -> None:
+        """To be called once a second."""
+        dropped, failing = _of(counted)
+        causes = [_WHY[cause] for cause in failing]
         if causes and not self._trouble:
             self._trouble, self._before = True, self._dropped
             log.error(
@@ -127,22 +138,18 @@ class AccessLog:
             log.error("access log: %s", _lines(dropped - self._dropped))
         self._dropped = dropped
 
-    async def watch(self, losses: Losses) -> None:
-        while True:
-            await asyncio.sleep(LOOK_EVERY_S)
-            self.follow()
-            self.look(*losses())
-            for handler in logging.getLogger().handlers:
-                handler.flush()  # our own log, where its reader was slow
-
-    def close(self, dropped: int) -> None:
-        """There are no workers any more, and they lost so many lines."""
+    def end(self, counted: Mapping[str, Samples]) -> None:
+        """There are no workers any more."""
+        dropped, _ = _of(counted)
         lost = dropped - (self._before if self._trouble else self._dropped)
         if lost:
             log.error("access log: %s", _lines(lost))
-        if self.fd is not None and self._is_file:
-            os.close(self.fd)
-            self.fd = None
+
+
+def _of(counted: Mapping[str, Samples]) -> tuple[int, list[LogFailure]]:
+    """Lines dropped, and why workers can't write now."""
+    failing = counted[LOG_FAILING.name].by("cause")
+    return counted[LOG_DROPPED.name].only(), [each for each in LogFailure if failing[each]]
 
 
 def _lines(count: int) -> str:

@@ -11,9 +11,9 @@ inside the parent's event loop, with the parent's sockets. So, in this order:
 - every file descriptor but the kept ones is closed, whoever opened it: the epoll and wake-up pair
   of the loop, admin connections, the other children's control sockets. Above all those: a child
   learns of the supervisor's death by EOF on its own, and a copy in a sibling would hide it;
-- signals have their defaults again, but SIGTERM, SIGINT and SIGUSR1 are ignored: Ctrl-C, systemd's
-  KillMode=control-group and `systemctl kill -s USR1` reach every process at once, and what a child
-  should do at a stop or with a rotated log, and when, the supervisor tells it over its socket.
+- signals have their defaults again, but those that ask the supervisor for something are ignored:
+  Ctrl-C, KillMode=control-group and `systemctl kill -s USR1` reach every process at once, and what
+  a child should do, and when, the supervisor tells it over its socket.
 """
 
 from __future__ import annotations
@@ -27,6 +27,12 @@ import sys
 from collections.abc import Callable, Iterable
 
 log = logging.getLogger("tproxyd")
+
+# To stop, to read the configuration, to open the access log anew, to begin anew itself.
+FOR_THE_SUPERVISOR = (
+    *(signal.SIGTERM, signal.SIGINT),
+    *(signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2),
+)
 
 EXIT_BUG = 70  # an exception nobody expected: EX_SOFTWARE of sysexits.h
 
@@ -79,7 +85,7 @@ def _default_signals() -> None:
         # SIGPIPE and SIGXFSZ stay ignored, as in every Python: their errno says it better.
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.SIG_DFL)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in FOR_THE_SUPERVISOR:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 

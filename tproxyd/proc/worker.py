@@ -2,9 +2,9 @@
 
 The supervisor forks it and calls `run`. It gives up every privilege but CAP_NET_RAW (transparent
 sockets, foreign source addresses and the mark need that one, an ordinary proxy not even that), says
-`ready` on its control socket, and serves until it is told to drain or the control socket closes,
-which means that the supervisor is gone. It owns nothing that must outlive it: the listening sockets
-and the counters are the supervisor's.
+`ready` on its control socket, and serves until it is told to drain (a stop), to retire (others
+serve from here on) or the control socket closes, which means that the supervisor is gone. It owns
+nothing that must outlive it: the listening sockets and the counters are the supervisor's.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tproxyd.flow import listen, policy
 from tproxyd.flow.announce import announcer
 from tproxyd.flow.balance import Cluster
 from tproxyd.flow.clients import ClientCounts
-from tproxyd.flow.connect import Sockets
+from tproxyd.flow.connect import NO_FILES, Sockets
 from tproxyd.flow.connection import Lane, serve
 from tproxyd.flow.engine import Engine
 from tproxyd.flow.origdst import original_destination, redirected_destination
@@ -64,10 +64,9 @@ _ACCEPT_BATCH = 64
 _RESERVED_FILES = 64
 # How soon accepting is tried again when the kernel, not our own limit, had refused a descriptor.
 _RETRY_ACCEPT_S = 0.1
-# What the supervisor says about upstreams: this, then JSON, {"0": [["10.0.0.5", 80], ...]}.
-_UPSTREAMS = b"upstreams "
-_LOG = b"log\n"  # the access log, opened anew, comes with it (proc/accesslog.py)
-_NO_FILES = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
+# And where it was the upstream's: behind clients that ask for theirs every tenth of a second, and a
+# tick of their timers.
+_STAND_BACK_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,15 +140,14 @@ class Worker(Sockets, Counting):
         self._row = spec.rows[spec.slot]
         self._cells = Cells(Layout(config), config)
         self._rows = spec.rows
-        losses = (self.count_log_dropped, self.log_fails)
-        self._log = WorkerLog(config.log, spec.access_log, loop.call_later, *losses)
-        self._tell = self._log.tell
+        self._log = WorkerLog(config.log, spec.access_log, loop.call_later, self)
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         free = soft - _RESERVED_FILES - len(spec.listeners)
         self._capacity = max(1, free // 2)  # connections: two sockets each
         self._active = 0
         self._listening = False
         self._draining = False
+        self._standing_back: asyncio.TimerHandle | None = None
         self._resume_accepting()
         # Stopping is the supervisor's decision. Ctrl-C and systemd signal the whole group at once,
         # and a worker that left early would leave clients before interception has ended.
@@ -193,6 +191,8 @@ class Worker(Sockets, Counting):
     def _resume_accepting(self) -> None:
         if self._listening or self._draining or self._active >= self._capacity:
             return
+        if self._standing_back is not None:
+            return
         self._listening = True
         for door in self._doors:
             self.engine.listen(door.sock, door)
@@ -221,7 +221,7 @@ class Worker(Sockets, Counting):
             except OSError as error:
                 if error.errno == errno.EINVAL:
                     return False  # it listens no more: somebody has shut it down
-                if error.errno not in _NO_FILES:
+                if error.errno not in NO_FILES:
                     continue  # that one connection failed before it was ours (accept(2))
                 self._row[self._cells.accept_pauses] += 1
                 self._pause_accepting()
@@ -229,6 +229,18 @@ class Worker(Sockets, Counting):
                 return False
             self.engine.start(serve(downstream, peer, door.lane, self))
         return True
+
+    def out_of_files(self) -> None:
+        if self._standing_back is not None:
+            self._standing_back.cancel()
+        elif self._listening:
+            self._row[self._cells.accept_pauses] += 1
+        self._pause_accepting()
+        self._standing_back = self._loop.call_later(_STAND_BACK_S, self._come_forward)
+
+    def _come_forward(self) -> None:
+        self._standing_back = None
+        self._resume_accepting()
 
     # Ending ------------------------------------------------------------------------------------
 
@@ -239,37 +251,47 @@ class Worker(Sockets, Counting):
             return
         except OSError:
             data = b""
-        if data == _LOG:
+        verb, *words = data.decode().split(" ", 1)
+        if verb == "log\n":
             self._log.use(fds)
-            return
-        if data.startswith(_UPSTREAMS):
-            for index, upstreams in json.loads(data.removeprefix(_UPSTREAMS)).items():
+        elif verb == "upstreams":
+            for index, upstreams in json.loads(words[0]).items():
                 cluster = self._lanes[int(index)].cluster
                 assert cluster is not None, "only a listener with a list hears of upstreams"
                 cluster.replace(Endpoint(host, port) for host, port in upstreams)
-            return
-        if not data:  # the supervisor is gone
-            self._loop.remove_reader(self._spec.control.fileno())
-        self._drain()
-        if data == b"cut\n":
-            self._cut("the stop was cut short")
+        elif verb == "retire":
+            seconds, why, *gone = words[0].split()
+            self._drain(float(seconds), why, set(map(int, gone)))
+        else:
+            if not data:  # the supervisor is gone
+                self._loop.remove_reader(self._spec.control.fileno())
+            every = set(range(len(self._doors)))
+            self._drain(self._spec.config.drain_timeout_s, "stop", every, shut=bool(data))
+            if verb == "cut\n":
+                self._cut("the stop was cut short")
 
-    def _drain(self) -> None:
-        """Serve what waits in the accept queues, take no more, and leave when all are done."""
+    def _drain(self, limit: float, why: str, gone: set[int], *, shut: bool = True) -> None:
+        """Take no more connections, and leave when all are done, after `limit` seconds at most.
+
+        Of our listening sockets those in `gone` are nobody's from here on: what waits in their
+        queues is served, and then the kernel refuses whoever comes. The queues of the others are
+        served by others. Without the supervisor nobody knows: what waits is served, and a queue
+        that lives on (in systemd's keeping) is the next one's.
+        """
         if self._draining:
             return
-        for door in self._doors:
-            while self.accept(door, _ACCEPT_BATCH):
+        for i, door in enumerate(self._doors):
+            while i in gone and self.accept(door, _ACCEPT_BATCH):
                 pass
         self._pause_accepting()
-        for _, sock in self._spec.listeners:
-            # The supervisor has it open too. Nobody will accept from it again, and a client must
-            # not wait in its queue: this makes the kernel refuse whoever comes now.
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RD)
+        for i, door in enumerate(self._doors):
+            if shut and i in gone:
+                # The supervisor has it open too: this makes the kernel refuse all the same.
+                with contextlib.suppress(OSError):
+                    door.sock.shutdown(socket.SHUT_RD)
+            door.sock.close()
         self._draining = True
-        limit = self._spec.config.drain_timeout_s
-        self._loop.call_later(limit, self._cut, f"still open {limit:g} s after the stop")
+        self._loop.call_later(limit, self._cut, f"still open {limit:g} s after the {why}")
         self._leave_if_done()
 
     def _leave_if_done(self) -> None:
@@ -340,8 +362,8 @@ class Worker(Sockets, Counting):
         row[cells.ended[lane.index][life.reason]] += 1
         row[cells.received] += life.received
         row[cells.sent] += life.sent
-        if self._tell is not None:
-            self._tell(life)
+        if self._log.tell is not None:
+            self._log.tell(life)
         self._active -= 1
         if not self._listening:
             self._resume_accepting()

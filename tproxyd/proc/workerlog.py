@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 from tproxyd.config import JOURNAL, Log
 from tproxyd.flow.journal import JournalWriter, entry
-from tproxyd.flow.lines import Fails, Later, LineWriter
+from tproxyd.flow.lines import Later, LineWriter
 from tproxyd.flow.record import Record, formatter
+from tproxyd.proc.cells import Counting
 from tproxyd.proc.systemd import JOURNAL_SOCKET
 
 log = logging.getLogger(__name__)
@@ -20,17 +21,10 @@ class WorkerLog:
 
     tell: Callable[[Record], None] | None = None
 
-    def __init__(
-        self,
-        config: Log,
-        fd: int | None,
-        later: Later,
-        dropped: Callable[[int], None],
-        fails: Fails,
-    ) -> None:
+    def __init__(self, config: Log, fd: int | None, later: Later, counts: Counting) -> None:
         self._lines: LineWriter | None = None
         self._journal: JournalWriter | None = None
-        now = time.monotonic
+        now, dropped, fails = time.monotonic, counts.count_log_dropped, counts.log_fails
         if config.access == JOURNAL:
             self._journal = journal = JournalWriter(JOURNAL_SOCKET, later, dropped, fails)
             self.tell = lambda life: journal.write(entry(life, now()))

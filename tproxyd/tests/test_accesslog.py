@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from tproxyd.errors import KernelError
+from tproxyd.flow.tally import LOG_DROPPED, LOG_FAILING
 from tproxyd.proc import accesslog
-from tproxyd.proc.accesslog import AccessLog
+from tproxyd.proc.accesslog import AccessLog, Losses
+from tproxyd.proc.counters import Samples
 
 
 class Workers:
@@ -39,9 +41,15 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def log(path: Path, workers: Workers) -> Iterator[AccessLog]:
-    it = AccessLog(str(path), workers.tell)
+    it = opened(path, workers)
     yield it
-    it.close(0)
+    it.close()
+
+
+def opened(path: Path | str, workers: Workers) -> AccessLog:
+    log = AccessLog(str(path))
+    log.tell = workers.tell
+    return log
 
 
 def test_a_file_that_stays_is_left_alone(log: AccessLog, workers: Workers, path: Path) -> None:
@@ -121,11 +129,11 @@ def test_where_it_cannot_be_opened_the_old_one_stays(
 
 @pytest.mark.parametrize("where", ["", "-"])
 def test_what_is_no_file_is_never_reopened(where: str, workers: Workers) -> None:
-    log = AccessLog(where, workers.tell)
+    log = opened(where, workers)
     assert log.fd == (1 if where else None)
     log.reopen()
     log.follow()
-    log.close(0)
+    log.close()
     assert workers.told == 0
     os.fstat(1)
 
@@ -134,40 +142,50 @@ def test_a_named_pipe(path: Path, workers: Workers) -> None:
     """Without a reader it is an error, and not a daemon that waits for ever."""
     os.mkfifo(path)
     with pytest.raises(KernelError, match=r"can't open the access log .*: no such device"):
-        AccessLog(str(path), workers.tell)
+        AccessLog(str(path))
     reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    log = AccessLog(str(path), workers.tell)
+    log = opened(path, workers)
     assert log.fd is not None
     assert os.get_blocking(log.fd), "what a worker shares with others is as they know it"
     log.follow()
     assert workers.told == 0
-    log.close(0)
+    log.close()
     os.close(reader)
 
 
-def test_a_path_that_cannot_be_opened(tmp_path: Path, workers: Workers) -> None:
+def test_a_path_that_cannot_be_opened(tmp_path: Path) -> None:
     with pytest.raises(KernelError, match=r"open the access log /.*: is a directory; choose"):
-        AccessLog(str(tmp_path), workers.tell)
+        AccessLog(str(tmp_path))
 
 
-def test_no_journal(monkeypatch: pytest.MonkeyPatch, workers: Workers) -> None:
+def test_no_journal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accesslog, "JOURNAL_SOCKET", "/nonexistent/socket")
     with pytest.raises(KernelError, match="access log journal at /nonexistent/socket: no such"):
-        AccessLog("journal", workers.tell)
+        AccessLog("journal")
 
 
 # What is said of losses ---------------------------------------------------------------------------
 
 
+def counted(dropped: int, **failing: int) -> dict[str, Samples]:
+    causes = ("no_space", "no_reader", "slow_reader", "error")
+    values = tuple(((cause,), failing.get(cause, 0)) for cause in causes)
+    return {
+        LOG_DROPPED.name: Samples(LOG_DROPPED, (((), dropped),)),
+        LOG_FAILING.name: Samples(LOG_FAILING, values),
+    }
+
+
 def test_a_trouble_is_said_once_and_its_end_with_the_number(
-    log: AccessLog, caplog: pytest.LogCaptureFixture
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level("INFO")
-    log.look(0, {"no_space": 0, "slow_reader": 0})
+    losses = Losses()
+    losses.look(counted(0))
     for dropped in (0, 10, 500):
-        log.look(dropped, {"no_space": 2, "slow_reader": 0})
-    log.look(712, {"no_space": 0, "slow_reader": 0})
-    log.look(712, {"no_space": 0, "slow_reader": 0})
+        losses.look(counted(dropped, no_space=2))
+    losses.look(counted(712))
+    losses.look(counted(712))
     begin, end = caplog.messages
     assert begin == (
         "can't write the access log: no space left for it; make room; lines wait, some ten"
@@ -176,10 +194,11 @@ def test_a_trouble_is_said_once_and_its_end_with_the_number(
     assert end == "the access log is written again; 712 lines were dropped"
 
 
-def test_each_trouble_has_its_own_number(log: AccessLog, caplog: pytest.LogCaptureFixture) -> None:
+def test_each_trouble_has_its_own_number(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
+    losses = Losses()
     for dropped, failing in ((0, 1), (7, 0), (7, 1), (7, 0), (8, 1), (9, 0)):
-        log.look(dropped, {"no_reader": failing})
+        losses.look(counted(dropped, no_reader=failing))
     ends = [each for each in caplog.messages if "again" in each]
     assert [each.rpartition("; ")[2] for each in ends] == [
         "7 lines were dropped",
@@ -188,18 +207,16 @@ def test_each_trouble_has_its_own_number(log: AccessLog, caplog: pytest.LogCaptu
     ]
 
 
-def test_losses_between_two_looks_are_said(
-    log: AccessLog, caplog: pytest.LogCaptureFixture
-) -> None:
-    log.look(1, {"slow_reader": 0})
-    log.look(1, {"slow_reader": 0})
-    log.close(4)
+def test_losses_between_two_looks_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    losses = Losses()
+    losses.look(counted(1))
+    losses.look(counted(1))
+    losses.end(counted(4))
     assert caplog.messages == ["access log: 1 line was dropped", "access log: 3 lines were dropped"]
 
 
-def test_what_was_lost_in_all_is_said_at_the_end(
-    log: AccessLog, caplog: pytest.LogCaptureFixture
-) -> None:
-    log.look(10, {"no_space": 1})
-    log.close(400)
+def test_what_was_lost_in_all_is_said_at_the_end(caplog: pytest.LogCaptureFixture) -> None:
+    losses = Losses()
+    losses.look(counted(10, no_space=1))
+    losses.end(counted(400))
     assert caplog.messages[1:] == ["access log: 400 lines were dropped"]
