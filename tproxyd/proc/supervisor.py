@@ -35,12 +35,13 @@ from tproxyd import __version__
 from tproxyd.config import Config, PerClient
 from tproxyd.errors import KernelError
 from tproxyd.flow.tally import ACTIVE, Layout
-from tproxyd.proc import admin, child, counters, status, systemd
+from tproxyd.proc import admin, child, counters, status, systemd, watchdog
 from tproxyd.proc.clients import ClientTables
 from tproxyd.proc.control import Control
 from tproxyd.proc.reconciler import Reconciler, State, load_to_install
 from tproxyd.proc.startup import age_ms, log_to_stderr, open_access_log, raise_file_limit
 from tproxyd.proc.upstreams import FIRST_S, Upstreams
+from tproxyd.proc.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from tproxyd.proc.run_command import Command
@@ -109,6 +110,7 @@ class Supervisor:
         self._worker, self._open_listeners = worker, open_listeners
         self._upstreams = Upstreams(config, self._tell_workers)
         self._slots: list[Slot] = []
+        self._watchdog = Watchdog(self._serving, self._hung)
         self._clients: ClientTables | None = None
         self._access_log: int | None = None
         self._admin: admin.Server | None = None
@@ -181,8 +183,7 @@ class Supervisor:
         systemd.notify("READY=1", "STATUS=Serving")
         log.info("ready in %d ms", age_ms())
         self._tasks.append(self._loop.create_task(self._watch_kernel()))
-        if (interval := systemd.watchdog_interval()) is not None:
-            self._tasks.append(self._loop.create_task(_feed_watchdog(interval)))
+        self._tasks.append(self._loop.create_task(self._watchdog.run()))
         if self._command is not None:
             for _ in range(3):  # a signal that came before is heard first: wake-up, reader, handler
                 await asyncio.sleep(0)
@@ -243,7 +244,16 @@ class Supervisor:
         slot.control = Control(self._loop, ours, lambda words: self._heard(slot, words))
         slot.state = SlotState.STARTING
 
+    def _serving(self) -> list[Slot]:
+        return [slot for slot in self._slots if slot.state is SlotState.READY]
+
+    def _hung(self, worker: watchdog.Worker, why: str) -> None:
+        log.error("worker %d (pid %d) %s: killed", worker.number, worker.pid, why)
+        os.kill(worker.pid, signal.SIGKILL)
+
     def _heard(self, slot: Slot, words: str) -> None:
+        if self._watchdog.heard(slot.pid, words):
+            return
         if words == "ready\n":
             if slot.state is SlotState.STARTING:
                 slot.state = SlotState.READY
@@ -434,12 +444,6 @@ class Supervisor:
         ready = sum(slot.state is SlotState.READY for slot in self._slots)
         own = counters.Own(ready, self._restarts, self._kernel.drifts, self._upstreams.counts())
         return counters.exposition(self._page, own)
-
-
-async def _feed_watchdog(interval: float) -> None:
-    while True:
-        systemd.notify("WATCHDOG=1")
-        await asyncio.sleep(interval)
 
 
 async def _first_of(seconds: float, *events: asyncio.Event) -> None:

@@ -49,7 +49,7 @@ from tproxyd.linux import (
     reset_on_close,
     rtt_and_retransmits,
 )
-from tproxyd.proc import privileges
+from tproxyd.proc import privileges, watchdog
 from tproxyd.proc.cells import Cells, Counting
 from tproxyd.proc.clients import ClientTables
 from tproxyd.proc.control import MAX_WORD
@@ -65,6 +65,7 @@ _RESERVED_FILES = 64
 _RETRY_ACCEPT_S = 0.1
 # What the supervisor says about upstreams: this, then JSON, {"0": [["10.0.0.5", 80], ...]}.
 _UPSTREAMS = b"upstreams "
+_PING = f"{watchdog.PING}\n".encode()
 _NO_FILES = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
 
 
@@ -241,6 +242,11 @@ class Worker(Sockets, Counting):
             return
         except OSError:
             data = b""
+        if data == _PING:
+            # A supervisor that does not read hangs itself, and needs no answer.
+            with contextlib.suppress(OSError):
+                self._spec.control.send(self._pulse())
+            return
         if data.startswith(_UPSTREAMS):
             for index, upstreams in json.loads(data.removeprefix(_UPSTREAMS)).items():
                 cluster = self._lanes[int(index)].cluster
@@ -252,6 +258,10 @@ class Worker(Sockets, Counting):
         self._drain()
         if data == b"cut\n":
             self._cut("the stop was cut short")
+
+    def _pulse(self) -> bytes:
+        taken = sum(self._row[cell] for cell in self._cells.taken)
+        return f"{watchdog.answer(taken, self._listening)}\n".encode()
 
     def _drain(self) -> None:
         """Serve what waits in the accept queues, take no more, and leave when all are done."""
