@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import socket
@@ -26,7 +27,7 @@ from tproxyd import __version__, environment
 from tproxyd.addr import Endpoint
 from tproxyd.config import Backend, Config
 from tproxyd.configfile import parse
-from tproxyd.errors import ConfigError, KernelError, Problem, TproxydError
+from tproxyd.errors import ConfigError, KernelError, Problem, TproxydError, Unreachable
 
 if TYPE_CHECKING:
     from tproxyd.proc.run_command import User
@@ -38,10 +39,6 @@ FINE, FOUND, USAGE, REFUSED = 0, 1, 2, 3
 _INTERRUPTED, _PIPE_CLOSED = 128 + 2, 128 + 13  # as a shell reports SIGINT and SIGPIPE
 
 _STATUS_TIMEOUT_S = 5.0
-
-
-class Unreachable(TproxydError):
-    """There is no running daemon to ask."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,10 +100,17 @@ def _arguments() -> argparse.ArgumentParser:
         )
         return each
 
-    command(run, "serve in the foreground").add_argument(
+    serving = command(run, "serve in the foreground")
+    serving.add_argument(
         "--install",
         action="store_true",
         help="make the kernel state once the workers accept, and remove it at the end",
+    )
+    serving.add_argument(
+        "--keep-sockets",
+        action="store_true",
+        help="under systemd with FileDescriptorStoreMax=: a stop may be a restart, so leave the"
+        " listening sockets to systemd, and open connections to the workers",
     )
     beside = command(exec, "serve, and run a program beside it, with whose exit code it ends")
     beside.add_argument(
@@ -153,7 +157,12 @@ def run(args: argparse.Namespace) -> int:
     startup.do_without_openssl()  # which importing the supervisor would load
     from tproxyd.proc import supervisor
 
-    supervisor.serve(config, install=args.install)
+    supervisor.serve(
+        config,
+        install=args.install,
+        reread=functools.partial(read_config, args.config),
+        keep_sockets=args.keep_sockets,
+    )
     return FINE
 
 
@@ -168,7 +177,8 @@ def exec(args: argparse.Namespace) -> int:
     command = Command(args.argv, args.user)
     try:
         command.check()
-        supervisor.serve(config, install=True, command=command)
+        reread = functools.partial(read_config, args.config)
+        supervisor.serve(config, install=True, reread=reread, command=command)
     except KernelError as error:
         return _failed(error, command.code if command.started else REFUSED)
     return command.code

@@ -79,6 +79,10 @@ class KernelError(TproxydError):
         super().__init__(f"can't {action}: {why}; {hint}")
 
 
+class Unreachable(TproxydError):
+    """There is no running daemon to ask, or it does not do what it is asked for."""
+
+
 class _ConnectionFailure(TproxydError):
     """One connection ends here: `reason` is what is counted, `detail` what is logged."""
 

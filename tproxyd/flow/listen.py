@@ -2,7 +2,9 @@
 
 One socket per slot, listener and family. They share their port by SO_REUSEPORT and belong to the
 supervisor: closing such a socket loses what waits in its accept queue (net.ipv4.tcp_migrate_req is
-0), so a worker only borrows it, and the next one on the slot serves what the last one left.
+0), so a worker only borrows it, and the next one on the slot serves what the last one left. They
+also outlive a configuration, and the program itself (proc/sockets.py): what depends on either is
+set anew each time (`prepare`).
 
 What is set on a listener is inherited by what it accepts and costs nothing per connection
 (inet_csk_clone_lock copies the socket): IP_TRANSPARENT, the mark, TCP_NODELAY, keep-alive.
@@ -34,21 +36,29 @@ KEEPALIVE_IDLE_S = 300
 
 
 def open_listeners(config: Config) -> list[tuple[int, socket.socket]]:
-    """(index of the listener in config, listening socket) for one slot, IPv4 first.
-
-    IPv6 is left out where the machine has none. Raises KernelError that says what to try.
-    """
+    """(index of the listener in config, listening socket) for one slot: `places`, opened."""
     opened: list[tuple[int, socket.socket]] = []
-    families = [socket.AF_INET, *([socket.AF_INET6] if has_ipv6() else [])]
     try:
-        for i, listener in enumerate(config.listeners):
-            for family in families if listener.bind in ("", "*") else [_family(listener.bind)]:
-                opened.append((i, _open(listener, family, config)))  # noqa: PERF401
+        for i, where in places(config):
+            opened.append((i, open_at(config, i, where)))
     except BaseException:
         for _, sock in opened:
             sock.close()
         raise
     return opened
+
+
+def places(config: Config) -> list[tuple[int, Endpoint]]:
+    """Where to listen: (index of the listener in config, address), IPv4 first.
+
+    IPv6 is left out where the machine has none.
+    """
+    families = [socket.AF_INET, *([socket.AF_INET6] if has_ipv6() else [])]
+    return [
+        (i, _where(listener, family))
+        for i, listener in enumerate(config.listeners)
+        for family in (families if listener.bind in ("", "*") else [_family(listener.bind)])
+    ]
 
 
 def _family(host: str) -> socket.AddressFamily:
@@ -79,32 +89,52 @@ def has_ipv6() -> bool:
     return True
 
 
-def _open(listener: Listener, family: socket.AddressFamily, config: Config) -> socket.socket:
-    where = _where(listener, family)
-    transparent = listener.intercepts and listener.intercept.via is Via.TPROXY
+def open_at(config: Config, index: int, where: Endpoint) -> socket.socket:
+    """A listening socket of config.listeners[index]; KernelError that says what to try."""
+    listener = config.listeners[index]
+    family = _family(where.host)
     sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        if transparent and family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, IPV6_TRANSPARENT, 1)
-        elif transparent:
-            sock.setsockopt(socket.IPPROTO_IP, IP_TRANSPARENT, 1)
-        if config.transparent:
-            sock.setsockopt(socket.SOL_SOCKET, SO_MARK, config.listener_mark)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        _set_options(sock, listener, config)
         sock.bind(where)
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
-        action = f'listen on {where} for the listener "{listener.name}"'
-        hint = _hint(error, listener, config)
-        raise KernelError(action, error.strerror or str(error), hint) from error
+        raise _failure(error, listener, config, where) from error
     return sock
+
+
+def prepare(sock: socket.socket, config: Config, index: int) -> None:
+    """Make a socket that listens already what `open_at` would make it. KernelError."""
+    listener = config.listeners[index]
+    try:
+        _set_options(sock, listener, config)
+    except OSError as error:
+        raise _failure(error, listener, config, endpoint(sock.getsockname())) from error
+
+
+def _set_options(sock: socket.socket, listener: Listener, config: Config) -> None:
+    transparent = listener.intercepts and listener.intercept.via is Via.TPROXY
+    level, option = socket.IPPROTO_IP, IP_TRANSPARENT
+    if sock.family == socket.AF_INET6:
+        level, option = socket.IPPROTO_IPV6, IPV6_TRANSPARENT
+    if transparent != bool(sock.getsockopt(level, option)):
+        sock.setsockopt(level, option, transparent)
+    mark = config.listener_mark if config.transparent else 0
+    if mark != sock.getsockopt(socket.SOL_SOCKET, SO_MARK):
+        sock.setsockopt(socket.SOL_SOCKET, SO_MARK, mark)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def _failure(error: OSError, listener: Listener, config: Config, where: Endpoint) -> KernelError:
+    action = f'listen on {where} for the listener "{listener.name}"'
+    return KernelError(action, error.strerror or str(error), _hint(error, listener, config))
 
 
 def _hint(error: OSError, listener: Listener, config: Config) -> str:

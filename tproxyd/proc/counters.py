@@ -1,9 +1,9 @@
 """The page of counters that workers write and the supervisor reads, and its export.
 
-Anonymous shared memory, made before the first worker is forked. A row belongs to a slot, not to a
-process: the worker that replaces a dead one goes on adding where that one stopped, so no counter
-ever goes backwards; only gauges, which described the dead process, return to zero. flow/tally.py
-says which cell means what.
+Anonymous shared memory, made before the first worker of a generation (proc/generation.py) is
+forked. A row belongs to a slot, not to a process: the worker that replaces a dead one goes on
+adding where that one stopped, so no counter ever goes backwards; only gauges, which described the
+dead process, return to zero. flow/tally.py says which cell means what.
 
 A cell is one aligned 64-bit store of one writer, which x86-64 and arm64 never tear; a reader may
 see one cell of a row a moment newer than another, and nothing here depends on more.
@@ -43,6 +43,9 @@ class Page:
         """Every cell of the layout, added up over the slots."""
         return [sum(column) for column in zip(*self.rows, strict=True)]
 
+    def samples(self) -> dict[str, Samples]:
+        return samples(self.layout.cells, self.sums())
+
     def get(self, slot: int, metric: Metric) -> int:
         """The cells of `metric` in one slot, added up over its labels."""
         row = self.rows[slot]
@@ -52,6 +55,37 @@ class Page:
         """The slot's worker is gone, and what it had open with it."""
         for i in self.layout.gauges():
             self.rows[slot][i] = 0
+
+
+class Totals:
+    """The pages of all generations of workers, and what those that are gone have counted.
+
+    So a reload, which begins a new page, takes no counter back.
+    """
+
+    def __init__(self) -> None:
+        self._pages: list[Page] = []
+        self._base: dict[Cell, int] = {}
+
+    def add(self, page: Page) -> None:
+        self._pages.append(page)
+
+    def fold(self, page: Page) -> None:
+        """Its workers are gone."""
+        self._pages.remove(page)
+        for cell, value in zip(page.layout.cells, page.sums(), strict=True):
+            if cell.metric.kind is not Kind.GAUGE:
+                self._base[cell] = self._base.get(cell, 0) + value
+
+    def samples(self) -> dict[str, Samples]:
+        """By metric name; those of the newest configuration first."""
+        sums: dict[Cell, int] = {}
+        for page in reversed(self._pages):
+            for cell, value in zip(page.layout.cells, page.sums(), strict=True):
+                sums[cell] = sums.get(cell, 0) + value
+        for cell, value in self._base.items():
+            sums[cell] = sums.get(cell, 0) + value
+        return samples(sums.keys(), sums.values())
 
 
 class Samples(NamedTuple):
@@ -119,9 +153,11 @@ class Own(NamedTuple):
     worker_restarts: int
     kernel_drift: int
     upstreams: tuple[UpstreamCounts, ...] = ()
+    reloads: tuple[int, int] = (0, 0)  # those that worked, and those that failed
+    reload_failed: bool = False  # the last one
 
 
-def exposition(page: Page, own: Own) -> tuple[bytes, str]:
+def exposition(counted: Page | Totals, own: Own) -> tuple[bytes, str]:
     """The body of /metrics and its content type."""
     # Imported at the first scrape: 60 ms and 5.5 MB that a daemon nobody scrapes need not spend,
     # and a start none should wait for.
@@ -130,7 +166,7 @@ def exposition(page: Page, own: Own) -> tuple[bytes, str]:
 
     class Once(Collector):
         def collect(self) -> Iterator[Family]:
-            return _families(samples(page.layout.cells, page.sums()), own)
+            return _families(counted.samples(), own)
 
     registry = CollectorRegistry(auto_describe=False)
     registry.register(Once())
@@ -168,6 +204,15 @@ def _families(of: dict[str, Samples], own: Own) -> Iterator[Family]:
         "tproxyd_kernel_drift",
         "Times the kernel state stopped being what the configuration asks for.",
         own.kernel_drift,
+    )
+    reloads = CounterMetricFamily("tproxyd_reloads", "Reloads.", labels=("result",))
+    reloads.add_metric(("done",), own.reloads[0])
+    reloads.add_metric(("failed",), own.reloads[1])
+    yield reloads
+    yield GaugeMetricFamily(
+        "tproxyd_reload_failed",
+        "1 while an older configuration is served, since the last reload failed.",
+        int(own.reload_failed),
     )
     upstreams = GaugeMetricFamily(
         "tproxyd_upstreams",

@@ -147,6 +147,7 @@ class Reconciler:
         self.verdict = Verdict(State.UNKNOWN, ("not read yet",))
         self._told: State | None = None
         self.drifts = 0
+        self._installed = False
 
     def fork(self, load: Callable[[Config], Kernel] | None = None) -> None:
         """Start the child. Called early, so that its imports run beside everything else.
@@ -185,6 +186,7 @@ class Reconciler:
         self._forget()  # that process has pyroute2 in it; the next one only looks, till the end
         self.verdict = Verdict(State.OK, (), report.return_path, time.monotonic())
         self._told = State.OK
+        self._installed = True
         return report
 
     async def stop_intercepting(self) -> Report:
@@ -192,6 +194,30 @@ class Reconciler:
 
     async def clean(self) -> Report:
         return await self._request(Verb.CLEAN)
+
+    async def move(self, config: Config) -> Report:
+        """The wish is another from here on; KernelError, and it is the old one again."""
+        old = self._config
+        await self._wish(config)
+        if not self._installed:
+            return Report()
+        try:
+            return await self.install()
+        except KernelError:
+            await self._wish(old)
+            await self.install()
+            raise
+
+    async def _wish(self, config: Config) -> None:
+        async with self._lock:  # a request under way would wait for ever on a closed socket
+            self._config = config
+            self._forget()
+
+    async def release(self) -> None:
+        """Another process takes over."""
+
+    async def take_back(self) -> None:
+        """It did not."""
 
     async def check(self) -> Verdict:
         """What the kernel holds now; at most FRESH_S old, and read once for all who ask."""

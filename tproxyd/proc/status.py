@@ -39,8 +39,16 @@ class ListenerPart(TypedDict):
     upstreams: list[UpstreamPart]  # none: where the client meant to go
 
 
+class ReloadPart(TypedDict):
+    done: int
+    failed: int
+    last: str  # ISO 8601, UTC; "": there was none
+    error: str  # of the last one: why the configuration of before goes on
+
+
 class WorkerPart(TypedDict):
     slot: int
+    generation: int  # of the configuration that it serves; a reload begins the next
     pid: int  # 0: there is none right now
     state: str
     active: int
@@ -66,6 +74,7 @@ class Snapshot(TypedDict):
     uptime_s: float
     ready: bool
     not_ready_because: list[str]
+    reload: ReloadPart
     listeners: list[ListenerPart]
     workers: list[WorkerPart]
     connections: ConnectionsPart
@@ -180,6 +189,9 @@ def _lines(s: Snapshot) -> Iterator[str]:
     state = "ready" if s["ready"] else "not ready"
     yield f"tproxyd {s['version']}, {state}, pid {s['pid']}, up {_duration(s['uptime_s'])}"
     yield from (f"  {reason}" for reason in s["not_ready_because"])
+    if s["reload"]["error"]:
+        yield f"  the reload of {s['reload']['last']} failed; the configuration of before goes on:"
+        yield from (f"    {line}" for line in s["reload"]["error"].splitlines())
     yield ""
     kernel = s["kernel"]
     by = f", answers come home by {kernel['return_path']}" if kernel["return_path"] else ""

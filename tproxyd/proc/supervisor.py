@@ -5,14 +5,18 @@ the workers accept, then the kernel state intercepts (with --install), then READ
 same backwards: intercept no more (what is new goes straight to the application), drain the workers,
 remove the kernel state, leave.
 
-A slot is a place for one worker: its listening sockets and its row of counters. They belong to the
-slot and outlive each worker on it, because closing a listening socket loses what waits in its
-accept queue: the next worker serves that, and goes on counting where the last one stopped.
+A reload (SIGHUP, `tproxyd reload`) begins with the new configuration as a whole. Where anything of
+it can't be had, its reason is told and the old one goes on; nobody has noticed. Else new workers
+accept on the same listening sockets, the kernel state moves, and the old workers retire. An upgrade
+(SIGUSR2, `tproxyd upgrade`) is the same with a new process: upgrade.py. Both in a row, never at
+once: each begins where the one before has ended.
 
-A worker that dies is replaced at once, or, where it lived less than a second, after a pause of
-0.1 s that doubles up to 1 s. Only at the start is a failing worker the end: what never worked is
-better an exit code than a loop. Child deaths come as SIGCHLD to one reaper, which waits for every
-child of this process, known or not: as PID 1 of a container it also inherits orphans.
+A stop under systemd with a file descriptor store (--keep-sockets) may be a restart. The sockets are
+in systemd's keeping, so workers retire by themselves and the supervisor leaves at once: the next
+one serves what waits in the queues, or systemd closes them.
+
+Child deaths come as SIGCHLD to one reaper, which waits for every child of this process, known or
+not: as PID 1 of a container it also inherits orphans.
 
 The loop is stock asyncio: it does nothing in a second, and a supervisor wants little to go wrong.
 """
@@ -26,21 +30,20 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
-from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from tproxyd import __version__
-from tproxyd.config import Config, PerClient
-from tproxyd.errors import KernelError
-from tproxyd.flow.tally import ACTIVE, Layout
-from tproxyd.proc import admin, child, counters, status, systemd, watchdog
-from tproxyd.proc.clients import ClientTables
-from tproxyd.proc.control import Control
+from tproxyd.addr import Endpoint
+from tproxyd.config import Config
+from tproxyd.errors import ConfigError, KernelError, Problem, TproxydError
+from tproxyd.proc import admin, counters, status, systemd, upgrade
+from tproxyd.proc.generation import Generation, ending_of, kill_hung
 from tproxyd.proc.reconciler import Reconciler, State, load_to_install
+from tproxyd.proc.sockets import Listening, Sockets
 from tproxyd.proc.startup import age_ms, log_to_stderr, open_access_log, raise_file_limit
-from tproxyd.proc.upstreams import FIRST_S, Upstreams
+from tproxyd.proc.upstreams import FIRST_S
 from tproxyd.proc.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -49,47 +52,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("tproxyd")
 
-Listeners = list[tuple[int, socket.socket]]
-
 _STOP = (signal.SIGTERM, signal.SIGINT)
-# A worker is ready within 0.1 s; one that is not after this long hangs.
-START_TIMEOUT_S = 10.0
 # Between two looks at the kernel state when nobody asks for it.
 CHECK_EVERY_S = 5.0
-# A worker that lived this long was sound, and what killed it may not come again at once.
-SOUND_S = 1.0
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 1.0
-# Workers end their connections themselves when the drain deadline passes; this is for those that
-# do not.
-GRACE_S = 1.0
-
-
-class SlotState(StrEnum):
-    STARTING = "starting"
-    READY = "ready"
-    DRAINING = "draining"
-    DOWN = "down"  # there is no process; the next one starts soon
-
-
-class Slot:
-    """A place for one worker, and the worker that now has it."""
-
-    def __init__(self, number: int, listeners: Listeners) -> None:
-        self.number = number
-        self.listeners = listeners
-        self.state = SlotState.DOWN
-        self.generation = 0
-        self.pid = 0
-        self.control: Control | None = None
-        self.started_at = 0.0  # time.monotonic()
-        self.started = ""  # the same, as people write it
-        self.pause = 0.0  # before the last restart
-        self.restart: asyncio.TimerHandle | None = None
-        self.last_words = ""  # what the worker said about its own failure
-
-    def say(self, word: str) -> None:
-        if self.control is not None:
-            self.control.say(word)
 
 
 class Supervisor:
@@ -102,84 +67,94 @@ class Supervisor:
         *,
         install: bool,
         worker: Callable[[WorkerSpec], None],
-        open_listeners: Callable[[Config], Listeners],
+        listening: Listening,
+        reread: Callable[[], Config] | None = None,
         command: Command | None = None,
+        keep_sockets: bool = False,
+        inheritance: upgrade.Inheritance | None = None,
     ) -> None:
+        """`reread` gives the configuration as it is now, for a reload."""
         self._config, self._install, self._kernel = config, install, kernel
-        self._command = command
-        self._worker, self._open_listeners = worker, open_listeners
-        self._upstreams = Upstreams(config, self._tell_workers)
-        self._slots: list[Slot] = []
-        self._watchdog = Watchdog(self._serving, self._hung)
-        self._clients: ClientTables | None = None
-        self._access_log: int | None = None
+        self._command, self._reread, self._keep_sockets = command, reread, keep_sockets
+        self._worker = worker
+        self._inheritance = inheritance or upgrade.Inheritance()
+        self._sockets = Sockets(listening, self._inheritance.listeners, store=keep_sockets)
+        self._generation: Generation | None = None  # the one that serves
+        self._watchdog = Watchdog(lambda: self._serving().ready(), kill_hung)
+        self._born = 0
+        self._retired: dict[Generation, asyncio.Task[None]] = {}
+        self._totals = counters.Totals()
+        self._restarts = 0  # of workers of generations that are gone
+        self._admin_socket: socket.socket | None = None
         self._admin: admin.Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        self._restarts = 0
+        self._changing = asyncio.Lock()  # a reload or an upgrade is under way
+        self._changes: set[asyncio.Task[None]] = set()
+        self._reload: status.ReloadPart = {"done": 0, "failed": 0, "last": "", "error": ""}
+        self._successor: upgrade.Successor | None = None
+        self._handed_over = False
         self._ready = False
         self._installed = False
         self._stop = asyncio.Event()  # the first SIGTERM or SIGINT
         self._hurry = asyncio.Event()  # the second
         self._ending = False
-        self._gone = asyncio.Event()  # while ending: no worker is left
 
     def run(self) -> None:
         asyncio.run(self._main())
 
     async def _main(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._started: asyncio.Future[None] = self._loop.create_future()
         signals = _STOP if self._command is None else self._command.signals
         for number in signals:
             self._loop.add_signal_handler(number, self._on_signal, number)
+        if self._command is None:
+            self._loop.add_signal_handler(signal.SIGHUP, self._begin, self.reload)
+            self._loop.add_signal_handler(signal.SIGUSR2, self._begin, self.upgrade)
         self._loop.add_signal_handler(signal.SIGCHLD, self._reap)
         self._reap()  # the reconciler may have ended before there was a handler
         try:
-            await self._start()
+            async with self._changing:
+                await self._start()
             await self._stop.wait()
+        except BaseException as error:
+            if isinstance(error, Exception):
+                self._inheritance.settled(error)
+            raise
         finally:
             await self._end()
             # A signal that came while the loop closes would be written to a closed wake-up socket.
-            for number in (*signals, signal.SIGCHLD):
+            for number in (*signals, signal.SIGHUP, signal.SIGUSR2, signal.SIGCHLD):
                 self._loop.remove_signal_handler(number)
-            for number in signals:
+            for number in (*signals, signal.SIGHUP, signal.SIGUSR2):
                 signal.signal(number, signal.SIG_IGN)
 
     # Start --------------------------------------------------------------------------------------
 
     async def _start(self) -> None:
-        files = raise_file_limit()
-        self._upstreams.start()
-        self._access_log = open_access_log(self._config.log.access)
-        number_of_slots = self._config.workers or len(os.sched_getaffinity(0))
-        self._page = counters.Page(Layout(self._config), number_of_slots)
-        if any(each.per_client != PerClient() for each in self._config.listeners):
-            self._clients = ClientTables(number_of_slots, files // 2)
-        for number in range(number_of_slots):
-            self._slots.append(Slot(number, self._open_listeners(self._config)))
-        if self._config.admin is not None:
-            sock = admin.open_socket(self._config.admin)
-            self._admin = await admin.Server.start(sock, self)
-        # Who would serve clients has to know where to.
-        await _first_of(FIRST_S, self._upstreams.known, self._stop)
+        self._files = raise_file_limit()
+        generation = self._generation = self._beget(self._config)
+        self._admin_socket = self._open_admin(self._config, self._inheritance.admin)
+        if self._inheritance.predecessor is None:
+            await self._serve_admin()
+        await generation.known(FIRST_S, self._stop)
         if self._stop.is_set():
             return
-        for slot in self._slots:
-            self._fork_worker(slot)
-        self._describe()
-        try:
-            async with asyncio.timeout(START_TIMEOUT_S):
-                await self._started
-        except TimeoutError:
-            why = f"it is not ready after {START_TIMEOUT_S:g} s"
-            raise KernelError("start the workers", why, "try tproxyd doctor") from None
+        generation.fork()
+        workers = f"{len(generation.slots)} worker{'s' if len(generation.slots) > 1 else ''}"
+        log.info("version %s, pid %d, %s", __version__, os.getpid(), workers)
+        self._describe(generation)
+        await generation.started()
         if self._stop.is_set():
             return
+        await self._inheritance.take_over()
+        await self._serve_admin()
         if self._install:
             self._installed = True  # from here on there may be something to remove
             for note in (await self._kernel.install()).notes:
                 log.info("%s", note)
+        self._sockets.settle(self._config)
         self._ready = True
+        self._inheritance.settled()
         systemd.notify("READY=1", "STATUS=Serving")
         log.info("ready in %d ms", age_ms())
         self._tasks.append(self._loop.create_task(self._watch_kernel()))
@@ -190,140 +165,213 @@ class Supervisor:
             if not self._stop.is_set():
                 self._command.start()
 
-    def _describe(self) -> None:
-        workers = f"{len(self._slots)} worker{'s' if len(self._slots) > 1 else ''}"
-        log.info("version %s, pid %d, %s", __version__, os.getpid(), workers)
-        for i, listener in enumerate(self._config.listeners):
-            families = self._families(i)
+    def _beget(self, config: Config) -> Generation:
+        """A generation for this configuration, with its sockets; no worker yet. KernelError."""
+        access_log = open_access_log(config.log.access)
+        try:
+            slots = config.workers or len(os.sched_getaffinity(0))
+            listeners = self._sockets.assign(config, slots)
+        except BaseException:
+            if access_log is not None and access_log > 2:
+                os.close(access_log)
+            raise
+        self._born += 1
+        generation = Generation(
+            self._born,
+            config,
+            self._worker,
+            listeners,
+            access_log,
+            self._files,
+            heard=self._watchdog.heard,
+        )
+        self._totals.add(generation.page)
+        generation.upstreams.start()
+        return generation
+
+    def _open_admin(
+        self, config: Config, inherited: socket.socket | None = None
+    ) -> socket.socket | None:
+        if inherited is not None:
+            if config.admin == Endpoint(*inherited.getsockname()[:2]):
+                return inherited
+            inherited.close()
+        return None if config.admin is None else admin.open_socket(config.admin)
+
+    async def _serve_admin(self) -> None:
+        if self._admin is None and self._admin_socket is not None:
+            # A copy: closing the server must not close what a successor may get, or we take back.
+            self._admin = await admin.Server.start(self._admin_socket.dup(), self)
+
+    async def _close_admin(self) -> None:
+        if self._admin is not None:
+            server, self._admin = self._admin, None
+            await server.close()
+
+    def _describe(self, generation: Generation) -> None:
+        config = generation.config
+        for i, listener in enumerate(config.listeners):
+            families = generation.families(i)
             log.info("%s", status.introduce(listener, families))
             if "IPv6" not in families and listener.bind in ("", "*"):
                 log.warning("%s: this machine has no IPv6: IPv4 only", listener.name)
-        if self._config.admin is not None:
-            log.info("admin endpoint: http://%s/", self._config.admin)
-
-    def _families(self, index: int) -> list[str]:
-        families = [sock.family for i, sock in self._slots[0].listeners if i == index]
-        return ["IPv6" if family == socket.AF_INET6 else "IPv4" for family in families]
+        if config.admin is not None:
+            log.info("admin endpoint: http://%s/", config.admin)
 
     async def _watch_kernel(self) -> None:
         while True:
             await self._kernel.check()
             await asyncio.sleep(CHECK_EVERY_S)
 
-    # Workers ------------------------------------------------------------------------------------
+    # Changes ------------------------------------------------------------------------------------
 
-    def _fork_worker(self, slot: Slot) -> None:
-        from tproxyd.proc.worker import WorkerSpec  # see serve
+    def _begin(self, change: Callable[[], Coroutine[object, object, str]]) -> None:
+        """A signal asks for a change, which tells the log how it went."""
 
-        slot.restart = None
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        spec = WorkerSpec(
-            config=self._config,
-            slot=slot.number,
-            listeners=slot.listeners,
-            rows=self._page.rows,
-            control=theirs,
-            access_log=self._access_log,
-            upstreams=self._upstreams.picture,
-            clients=self._clients,
-        )
-        keep = [theirs.fileno(), *(sock.fileno() for _, sock in slot.listeners)]
-        if self._access_log is not None:
-            keep.append(self._access_log)
-        slot.generation += 1
-        slot.started_at = time.monotonic()
-        slot.started = datetime.now(UTC).isoformat(timespec="seconds")
-        slot.last_words = ""
-        with theirs:
+        async def run() -> None:
+            with contextlib.suppress(TproxydError):
+                await change()
+
+        task = self._loop.create_task(run())
+        self._changes.add(task)
+        task.add_done_callback(self._changes.discard)
+
+    async def reload(self) -> str:
+        """Serve by the configuration as it is now; a sentence that says so.
+
+        ConfigError or KernelError when it can't be: then the old one goes on.
+        """
+        async with self._changing:
+            self._reload["last"] = datetime.now(UTC).isoformat(timespec="seconds")
             try:
-                slot.pid = child.fork(lambda: self._worker(spec), keep)
-            except OSError as error:  # no memory, or no more processes allowed
-                ours.close()
-                self._replace(slot, f"can't be forked: {error.strerror}")
-                return
-        slot.control = Control(self._loop, ours, lambda words: self._heard(slot, words))
-        slot.state = SlotState.STARTING
+                said = await self._reloaded()
+            except TproxydError as error:
+                self._reload["failed"] += 1
+                self._reload["error"] = str(error)
+                log.error("reload: %s", error)
+                log.error("the configuration of before goes on")
+                raise
+            self._reload["done"] += 1
+            self._reload["error"] = ""
+            log.info("%s", said)
+            return said
 
-    def _serving(self) -> list[Slot]:
-        return [slot for slot in self._slots if slot.state is SlotState.READY]
+    async def _reloaded(self) -> str:
+        if self._reread is None:
+            raise KernelError("reload", "this process has no configuration to read", "restart it")
+        began, old = time.monotonic(), self._serving()
+        config = self._reread()
+        _check_change(old.config, config)
+        before, admin_before = self._sockets.all(), self._admin_socket
+        new: Generation | None = None
+        try:
+            if config.admin != old.config.admin:
+                self._admin_socket = self._open_admin(config)
+            new = self._beget(config)
+            await new.known(FIRST_S, self._stop)
+            new.fork()
+            await new.started()
+            for note in (await self._kernel.move(config)).notes:
+                log.info("%s", note)
+        except BaseException:
+            if new is not None:
+                self._retire(new, before, "reload that failed")
+            self._sockets.go_back(old.config, before)
+            if self._admin_socket is not admin_before and self._admin_socket is not None:
+                self._admin_socket.close()
+            self._admin_socket = admin_before
+            raise
+        self._generation = new
+        self._sockets.settle(config)
+        self._retire(old, self._sockets.all(), "reload")
+        if self._admin_socket is not admin_before:
+            await self._close_admin()
+            if admin_before is not None:
+                admin_before.close()
+            await self._serve_admin()
+        self._describe(new)
+        return f"reloaded in {(time.monotonic() - began) * 1000:.0f} ms"
 
-    def _hung(self, worker: watchdog.Worker, why: str) -> None:
-        log.error("worker %d (pid %d) %s: killed", worker.number, worker.pid, why)
-        os.kill(worker.pid, signal.SIGKILL)
+    async def upgrade(self) -> str:
+        """Hand everything over to a new process; a sentence that says so.
 
-    def _heard(self, slot: Slot, words: str) -> None:
-        if self._watchdog.heard(slot.pid, words):
-            return
-        if words == "ready\n":
-            if slot.state is SlotState.STARTING:
-                slot.state = SlotState.READY
-            if slot.generation > 1:
-                log.info("worker %d is ready again, pid %d", slot.number, slot.pid)
-            if all(each.state is SlotState.READY for each in self._slots):
-                self._settle_start(None)
-        elif words.startswith("failed: "):
-            slot.last_words = words.removeprefix("failed: ").strip()
+        KernelError when that fails: then this process goes on.
+        """
+        async with self._changing:
+            try:
+                said = await self._upgraded()
+            except KernelError as error:
+                log.error("%s", error)
+                raise
+            log.info("%s", said)
+            return said
 
-    def _tell_workers(self, word: str) -> None:
-        for slot in self._slots:
-            slot.say(word)
+    async def _upgraded(self) -> str:
+        if self._command is not None or os.getpid() == 1:
+            who = "tproxyd exec" if self._command is not None else "the container's first process"
+            why = f"{who} can't be replaced while it runs"
+            raise KernelError("upgrade", why, "start a new container")
+        files = [(upgrade.LISTENER, sock) for sock in self._sockets.all()]
+        if self._admin_socket is not None:
+            files.append((upgrade.ADMIN, self._admin_socket))
+        successor = self._successor = upgrade.Successor(files)
+        log.info("upgrade: the new process is %d", successor.pid)
+        try:
+            async with asyncio.timeout(upgrade.UPGRADE_TIMEOUT_S):
+                await successor.is_ready()
+                await self._close_admin()
+                await self._kernel.release()
+                await successor.takes_over()
+        except BaseException as error:
+            successor.dismiss()
+            await self._kernel.take_back()
+            await self._serve_admin()
+            if isinstance(error, TimeoutError):
+                why = f"the new process is not done after {upgrade.UPGRADE_TIMEOUT_S:g} s"
+                raise KernelError("upgrade", why, "the old process goes on") from None
+            raise
+        successor.close()
+        self._handed_over = True
+        systemd.notify(f"MAINPID={successor.pid}")
+        self._stop.set()
+        return f"process {successor.pid} serves from here on"
+
+    def _serving(self) -> Generation:
+        assert self._generation is not None, "changes wait for the start"
+        return self._generation
+
+    def _retire(self, generation: Generation, keep: list[socket.socket], why: str) -> None:
+        seconds = self._serving().config.drain_timeout_s
+        generation.retire(keep, seconds, why)
+        self._retired[generation] = self._loop.create_task(self._bury(generation, seconds))
+
+    async def _bury(self, generation: Generation, seconds: float) -> None:
+        await generation.end(seconds, self._hurry)
+        self._totals.fold(generation.page)
+        self._restarts += generation.restarts
+        self._retired.pop(generation, None)
 
     def _reap(self) -> None:
         with contextlib.suppress(ChildProcessError):
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-                pid, code = ended[0], os.waitstatus_to_exitcode(ended[1])
-                slot = next((each for each in self._slots if each.pid == pid), None)
-                if slot is not None:
-                    self._worker_ended(slot, code)
-                elif self._command is not None and self._command.reaped(pid, code):
-                    log.info("%s %s: stopping", self._command, _ending_of(code))
-                    self._stop.set()
-                elif self._kernel.reaped(pid) and not self._ending:
-                    log.error("the process that holds the kernel state %s", _ending_of(code))
-                else:
-                    self._upstreams.reaped(pid, _ending_of(code))
+                self._reaped(ended[0], os.waitstatus_to_exitcode(ended[1]))
 
-    def _worker_ended(self, slot: Slot, code: int) -> None:
-        if slot.control is not None:
-            slot.control.read()  # its last words
-            slot.control.close()
-            slot.control = None
-        self._page.reset_gauges(slot.number)
-        if self._clients is not None:
-            self._clients.reset(slot.number)
-        how = slot.last_words or _ending_of(code)
-        if self._ending and code:
-            log.error("worker %d (pid %d) %s", slot.number, slot.pid, how)
-        slot.pid = 0
-        self._replace(slot, how)
-
-    def _replace(self, slot: Slot, how: str) -> None:
-        """The slot has no process (any more)."""
-        was, slot.state = slot.state, SlotState.DOWN
-        if self._ending:
-            self._note_if_gone()
+    def _reaped(self, pid: int, code: int) -> None:
+        if any(each.reaped(pid, code) for each in self._generations()):
             return
-        if slot.generation == 1 and was is not SlotState.READY:
-            why, semicolon, hint = how.rpartition("; ")
-            if not semicolon:
-                why, hint = how, "the lines above may say more; try tproxyd doctor"
-            self._settle_start(KernelError(f"start worker {slot.number}", why, hint))
-            return
-        if time.monotonic() - slot.started_at >= SOUND_S:
-            slot.pause = 0.0
-        else:
-            slot.pause = min(max(2 * slot.pause, FIRST_PAUSE_S), LONGEST_PAUSE_S)
-        soon = f"in {slot.pause:g} s" if slot.pause else "now"
-        log.error("worker %d %s; the next one starts %s", slot.number, how, soon)
-        self._restarts += 1
-        slot.restart = self._loop.call_later(slot.pause, self._fork_worker, slot)
+        if self._command is not None and self._command.reaped(pid, code):
+            log.info("%s %s: stopping", self._command, ending_of(code))
+            self._stop.set()
+        elif self._successor is not None and self._successor.pid == pid:
+            self._successor.ending = ending_of(code)
+            self._successor.gone.set()
+        elif self._kernel.reaped(pid) and not self._ending:
+            log.error("the process that holds the kernel state %s", ending_of(code))
 
-    def _settle_start(self, failure: KernelError | None) -> None:
-        if not self._started.done():
-            if failure is None:
-                self._started.set_result(None)
-            else:
-                self._started.set_exception(failure)
+    def _generations(self) -> list[Generation]:
+        """The serving one first."""
+        serving = [] if self._generation is None else [self._generation]
+        return [*serving, *(each for each in self._retired if each not in serving)]
 
     # Stop ---------------------------------------------------------------------------------------
 
@@ -335,58 +383,53 @@ class Supervisor:
             return
         log.info("stopping")
         self._stop.set()
-        self._settle_start(None)
+        if self._generation is not None:
+            self._generation.settle_start()
 
     async def _end(self) -> None:
         """Leave in order, however far the start came."""
         self._ending = True
-        systemd.notify("STOPPING=1", "STATUS=Draining")
+        for task in self._changes:
+            task.cancel()
+        await asyncio.gather(*self._changes, return_exceptions=True)
         for task in self._tasks:
             task.cancel()
-        self._upstreams.close()
+        installed = self._installed and not self._handed_over
+        if not self._handed_over:
+            systemd.notify("STOPPING=1", "STATUS=Draining")
         failure = None
-        if self._installed:
+        if installed:
             try:
                 await self._kernel.stop_intercepting()
             except KernelError as error:
                 log.error("%s", error)
         await self._end_workers()
-        if self._installed:
+        if installed:
             try:
                 await self._kernel.clean()
             except KernelError as error:
                 failure = error
         self._kernel.close()
-        if self._admin is not None:
-            await self._admin.close()
+        await self._close_admin()
         if failure is not None:
             raise failure
         if self._stop.is_set():
             log.info("stopped")
 
     async def _end_workers(self) -> None:
-        for slot in self._slots:
-            if slot.restart is not None:
-                slot.restart.cancel()
-            if slot.pid:
-                slot.state = SlotState.DRAINING
-                slot.say("drain")
-        self._note_if_gone()
-        patience = self._config.drain_timeout_s + GRACE_S
-        await _first_of(patience, self._gone, self._hurry)
-        if self._hurry.is_set():
-            for slot in self._slots:
-                slot.say("cut")  # end your connections now
-            await _first_of(GRACE_S, self._gone)
-        for slot in self._slots:
-            if slot.pid:
-                log.error("worker %d (pid %d) does not end: killed", slot.number, slot.pid)
-                os.kill(slot.pid, signal.SIGKILL)
-        await _first_of(GRACE_S, self._gone)  # only a process stuck in the kernel survives this
-
-    def _note_if_gone(self) -> None:
-        if not any(slot.pid for slot in self._slots):
-            self._gone.set()
+        generation, keep = self._generation, self._sockets.all()
+        if generation is None:
+            return
+        if self._handed_over:
+            self._retire(generation, keep, "upgrade")
+        elif self._keep_sockets:
+            self._retire(generation, keep, "stop")
+            return  # who is the next to serve should not have to wait for them
+        else:
+            generation.drain()
+            seconds = generation.config.drain_timeout_s
+            self._retired[generation] = self._loop.create_task(self._bury(generation, seconds))
+        await asyncio.gather(*self._retired.values())
 
     # What the admin endpoint asks (admin.Provider) ----------------------------------------------
 
@@ -394,11 +437,7 @@ class Supervisor:
         if self._ending:
             return ["stopping"]
         reasons = [] if self._ready else ["starting"]
-        reasons += [
-            f"worker {slot.number} is {slot.state}"
-            for slot in self._slots
-            if slot.state is not SlotState.READY
-        ]
+        reasons += self._serving().unready()
         verdict = await self._kernel.check()
         if verdict.state is State.NOT_INSTALLED:
             reasons.append("kernel state: not installed")
@@ -409,26 +448,32 @@ class Supervisor:
     async def status(self) -> status.Snapshot:
         reasons = await self.unready()
         verdict, now = self._kernel.verdict, time.monotonic()
-        counted = counters.samples(self._page.layout.cells, self._page.sums())
+        counted, generation = self._totals.samples(), self._serving()
         return {
             "version": __version__,
             "pid": os.getpid(),
             "uptime_s": round(age_ms() / 1000, 1),
             "ready": not reasons,
             "not_ready_because": reasons,
+            "reload": self._reload,
             "listeners": [
-                status.listener_part(listener, self._families(i), self._upstreams.entries(i))
-                for i, listener in enumerate(self._config.listeners)
+                status.listener_part(
+                    listener, generation.families(i), generation.upstreams.entries(i)
+                )
+                for i, listener in enumerate(generation.config.listeners)
             ],
             "workers": [
                 {
                     "slot": slot.number,
+                    "generation": each.number,
                     "pid": slot.pid,
                     "state": slot.state,
-                    "active": self._page.get(slot.number, ACTIVE),
+                    "active": each.active(slot),
                     "started": slot.started,
                 }
-                for slot in self._slots
+                for each in self._generations()
+                for slot in each.slots
+                if slot.pid or each is generation
             ],
             "connections": status.connections_part(counted),
             "counters": status.counters_part(counted),
@@ -441,33 +486,50 @@ class Supervisor:
         }
 
     def metrics(self) -> tuple[bytes, str]:
-        ready = sum(slot.state is SlotState.READY for slot in self._slots)
-        own = counters.Own(ready, self._restarts, self._kernel.drifts, self._upstreams.counts())
-        return counters.exposition(self._page, own)
+        generation = self._serving()
+        own = counters.Own(
+            workers=len(generation.ready()),
+            worker_restarts=self._restarts + sum(each.restarts for each in self._generations()),
+            kernel_drift=self._kernel.drifts,
+            upstreams=generation.upstreams.counts(),
+            reloads=(self._reload["done"], self._reload["failed"]),
+            reload_failed=bool(self._reload["error"]),
+        )
+        return counters.exposition(self._totals, own)
 
 
-async def _first_of(seconds: float, *events: asyncio.Event) -> None:
-    """Until one of the events is set, or the time is up."""
-    waits = [asyncio.ensure_future(event.wait()) for event in events]
-    await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-    for wait in waits:
-        wait.cancel()
+def _check_change(old: Config, new: Config) -> None:
+    """ConfigError for what open connections depend on: their packets would not find home."""
+    fixed = (
+        ("mark", old.mark, new.mark),
+        ("rules.backend", old.rules.backend, new.rules.backend),
+        ("rules.scheme", old.rules.scheme, new.rules.scheme),
+        ("rules.return_path", old.rules.return_path, new.rules.return_path),
+    )
+    problems = tuple(
+        Problem(path, f"is {was} while connections are open; a restart changes it to {wish}")
+        for path, was, wish in fixed
+        if was != wish
+    )
+    if problems:
+        raise ConfigError("by a reload", problems)
 
 
-def _ending_of(code: int) -> str:
-    if code < 0:
-        names = {each.value: each.name for each in signal.Signals}
-        return f"was killed by {names.get(-code, f'signal {-code}')}"  # real-time ones have none
-    return f"ended with exit status {code}"
-
-
-def serve(config: Config, *, install: bool, command: Command | None = None) -> None:
+def serve(
+    config: Config,
+    *,
+    install: bool,
+    reread: Callable[[], Config],
+    command: Command | None = None,
+    keep_sockets: bool = False,
+) -> None:
     """`tproxyd run` and `exec`: returns when stopped by a signal, or by the end of the command."""
     log_to_stderr()
+    inheritance = upgrade.Inheritance()
     kernel = Reconciler(config)
     kernel.fork(load_to_install if install else None)
     # uvloop and the data plane, imported only now: its child imports pyroute2 at the same time.
-    from tproxyd.flow.listen import open_listeners
+    from tproxyd.flow import listen
     from tproxyd.proc.worker import run
 
     Supervisor(
@@ -475,6 +537,9 @@ def serve(config: Config, *, install: bool, command: Command | None = None) -> N
         kernel,
         install=install,
         worker=run,
-        open_listeners=open_listeners,
+        listening=listen,
+        reread=reread,
         command=command,
+        keep_sockets=keep_sockets,
+        inheritance=inheritance,
     ).run()

@@ -2,9 +2,9 @@
 
 The supervisor forks it and calls `run`. It gives up every privilege but CAP_NET_RAW (transparent
 sockets, foreign source addresses and the mark need that one, an ordinary proxy not even that), says
-`ready` on its control socket, and serves until it is told to drain or the control socket closes,
-which means that the supervisor is gone. It owns nothing that must outlive it: the listening sockets
-and the counters are the supervisor's.
+`ready` on its control socket, and serves until it is told to drain (a stop), to retire (others
+serve from here on) or the control socket closes, which means that the supervisor is gone. It owns
+nothing that must outlive it: the listening sockets and the counters are the supervisor's.
 """
 
 from __future__ import annotations
@@ -63,8 +63,6 @@ _ACCEPT_BATCH = 64
 _RESERVED_FILES = 64
 # How soon accepting is tried again when the kernel, not our own limit, had refused a descriptor.
 _RETRY_ACCEPT_S = 0.1
-# What the supervisor says about upstreams: this, then JSON, {"0": [["10.0.0.5", 80], ...]}.
-_UPSTREAMS = b"upstreams "
 _PING = f"{watchdog.PING}\n".encode()
 _NO_FILES = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
 
@@ -247,38 +245,49 @@ class Worker(Sockets, Counting):
             with contextlib.suppress(OSError):
                 self._spec.control.send(self._pulse())
             return
-        if data.startswith(_UPSTREAMS):
-            for index, upstreams in json.loads(data.removeprefix(_UPSTREAMS)).items():
+        verb, *words = data.decode().split(" ", 1)
+        if verb == "upstreams":
+            for index, upstreams in json.loads(words[0]).items():
                 cluster = self._lanes[int(index)].cluster
                 assert cluster is not None, "only a listener with a list hears of upstreams"
                 cluster.replace(Endpoint(host, port) for host, port in upstreams)
-            return
-        if not data:  # the supervisor is gone
-            self._loop.remove_reader(self._spec.control.fileno())
-        self._drain()
-        if data == b"cut\n":
-            self._cut("the stop was cut short")
+        elif verb == "retire":
+            seconds, why, *gone = words[0].split()
+            self._drain(float(seconds), why, set(map(int, gone)))
+        else:
+            if not data:  # the supervisor is gone
+                self._loop.remove_reader(self._spec.control.fileno())
+            every = set(range(len(self._doors)))
+            self._drain(self._spec.config.drain_timeout_s, "stop", every, shut=bool(data))
+            if verb == "cut\n":
+                self._cut("the stop was cut short")
 
     def _pulse(self) -> bytes:
         taken = sum(self._row[cell] for cell in self._cells.taken)
         return f"{watchdog.answer(taken, self._listening)}\n".encode()
 
-    def _drain(self) -> None:
-        """Serve what waits in the accept queues, take no more, and leave when all are done."""
+    def _drain(self, limit: float, why: str, gone: set[int], *, shut: bool = True) -> None:
+        """Take no more connections, and leave when all are done, after `limit` seconds at most.
+
+        Of our listening sockets those in `gone` are nobody's from here on: what waits in their
+        queues is served, and then the kernel refuses whoever comes. The queues of the others are
+        served by others. Without the supervisor nobody knows: what waits is served, and a queue
+        that lives on (in systemd's keeping) is the next one's.
+        """
         if self._draining:
             return
-        for door in self._doors:
-            while self.accept(door, _ACCEPT_BATCH):
+        for i, door in enumerate(self._doors):
+            while i in gone and self.accept(door, _ACCEPT_BATCH):
                 pass
         self._pause_accepting()
-        for _, sock in self._spec.listeners:
-            # The supervisor has it open too. Nobody will accept from it again, and a client must
-            # not wait in its queue: this makes the kernel refuse whoever comes now.
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RD)
+        for i, door in enumerate(self._doors):
+            if shut and i in gone:
+                # The supervisor has it open too: this makes the kernel refuse all the same.
+                with contextlib.suppress(OSError):
+                    door.sock.shutdown(socket.SHUT_RD)
+            door.sock.close()
         self._draining = True
-        limit = self._spec.config.drain_timeout_s
-        self._loop.call_later(limit, self._cut, f"still open {limit:g} s after the stop")
+        self._loop.call_later(limit, self._cut, f"still open {limit:g} s after the {why}")
         self._leave_if_done()
 
     def _leave_if_done(self) -> None:

@@ -41,11 +41,17 @@ def say(text: str) -> None:
     os.write(2, f"{text}\n".encode())
 
 
-def open_listeners(config: Config) -> list[tuple[int, socket.socket]]:
-    return [
-        (i, socket.create_server(("127.0.0.1", each.port), reuse_port=True))
-        for i, each in enumerate(config.listeners)
-    ]
+class OnLoopback:
+    """How stand-ins listen (proc/sockets.py)."""
+
+    def places(self, config: Config) -> list[tuple[int, Endpoint]]:
+        return [(i, Endpoint("127.0.0.1", each.port)) for i, each in enumerate(config.listeners)]
+
+    def open_at(self, config: Config, index: int, where: Endpoint) -> socket.socket:
+        return socket.create_server(where, reuse_port=True)
+
+    def prepare(self, sock: socket.socket, config: Config, index: int) -> None:
+        pass
 
 
 # Workers ------------------------------------------------------------------------------------------
@@ -62,7 +68,8 @@ def worker(spec: WorkerSpec) -> None:
             word = spec.control.recv(100).decode().strip()
             if word == watchdog.PING:
                 taken = row[layout.index(ACTIVE, spec.config.listeners[0].name)]
-                spec.control.send(f"{watchdog.answer(taken, accepting=True)}\n".encode())
+                with suppress(BrokenPipeError):  # it was killed since
+                    spec.control.send(f"{watchdog.answer(taken, accepting=True)}\n".encode())
                 continue
             say(f"worker {spec.slot} hears {word or 'nobody'}")
             return
@@ -266,6 +273,7 @@ class Daemon:
         install: bool = False,
         before: Callable[[], None] = lambda: None,
         argv: tuple[str, ...] = (),  # of `tproxyd exec`
+        reread: Callable[[Config], Config] | None = None,  # at a reload, from the one of the start
         **settings: object,
     ) -> None:
         self.config = dataclasses.replace(
@@ -287,7 +295,7 @@ class Daemon:
                 os.dup2(write, 2)
                 sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
                 before()
-                code = self._run(entry, load, install, argv)
+                code = self._run(entry, load, install, argv, reread)
             finally:
                 os._exit(code)
         os.close(write)
@@ -299,6 +307,7 @@ class Daemon:
         load: Callable[[Config], Kernel],
         install: bool,
         argv: tuple[str, ...],
+        reread: Callable[[Config], Config] | None,
     ) -> int:
         command = Command(argv, None) if argv else None
         startup.log_to_stderr()
@@ -310,7 +319,8 @@ class Daemon:
                 kernel,
                 install=install,
                 worker=entry,
-                open_listeners=open_listeners,
+                listening=OnLoopback(),
+                reread=reread and (lambda: reread(self.config)),
                 command=command,
             ).run()
         except KernelError as error:

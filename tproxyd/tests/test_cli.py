@@ -198,11 +198,16 @@ def test_run_serves(
     tproxyd: Shown, toml: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served: list[tuple[Config, bool]] = []
-    monkeypatch.setattr(
-        supervisor, "serve", lambda config, *, install: served.append((config, install))
-    )
+
+    def serve(
+        config: Config, *, install: bool, reread: Callable[[], Config], keep_sockets: bool
+    ) -> None:
+        assert (reread(), keep_sockets) == (config, install)
+        served.append((config, install))
+
+    monkeypatch.setattr(supervisor, "serve", serve)
     assert tproxyd("run", "-c", toml("table = 7")) == (0, "", "")
-    assert tproxyd("run", "--install", "-c", toml("table = 8")) == (0, "", "")
+    assert tproxyd("run", "--install", "--keep-sockets", "-c", toml("table = 8")) == (0, "", "")
     assert served == [(Config(table=7), False), (Config(table=8), True)]
 
 
@@ -220,7 +225,7 @@ def test_exec_runs_a_command(
     toml: Callable[[str], str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def serve(config: Config, *, install: bool, command: Command) -> None:
+    def serve(config: Config, *, install: bool, command: Command, **_: object) -> None:
         assert (config, install, command._argv) == (Config(table=7), True, argv)
         command.takes(signal.SIGHUP)
 
@@ -238,7 +243,7 @@ def test_exec_of_what_the_kernel_refuses(
 ) -> None:
     """Until CMD has run the failure is what the exit code says; then CMD's own is worth more."""
 
-    def refuse(_: Config, *, install: bool, command: Command) -> None:
+    def refuse(_: Config, *, install: bool, command: Command, **__: object) -> None:
         if starts:
             command._ended = 5
         raise KernelError("do this", "it is forbidden", "ask somebody")
@@ -310,6 +315,7 @@ SNAPSHOT: Snapshot = {
     "uptime_s": 93784.2,
     "ready": False,
     "not_ready_because": ["worker 1 is down"],
+    "reload": {"done": 0, "failed": 0, "last": "", "error": ""},
     "listeners": [
         {
             "name": "inbound",
@@ -351,8 +357,22 @@ SNAPSHOT: Snapshot = {
         },
     ],
     "workers": [
-        {"slot": 0, "pid": 4712, "state": "ready", "active": 3, "started": "2026-01-02T03:04:05Z"},
-        {"slot": 1, "pid": 0, "state": "down", "active": 0, "started": "2026-01-02T03:04:06Z"},
+        {
+            "slot": 0,
+            "generation": 1,
+            "pid": 4712,
+            "state": "ready",
+            "active": 3,
+            "started": "2026-01-02T03:04:05Z",
+        },
+        {
+            "slot": 1,
+            "generation": 1,
+            "pid": 0,
+            "state": "down",
+            "active": 0,
+            "started": "2026-01-02T03:04:06Z",
+        },
     ],
     "connections": {
         "active": 3,

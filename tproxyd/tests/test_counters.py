@@ -124,5 +124,5 @@ def test_nothing_but_our_own_is_exported_and_every_cell_is(page: Page) -> None:
             row[i] = 1
     samples = [s for each in scrape(page).values() for s in each]
     assert all(sample.name.startswith("tproxyd_") for sample in samples)
-    # The histogram has a count that no cell holds; four metrics are the supervisor's.
-    assert len(samples) == len(page.layout) + 1 + 4
+    # The histogram has a count that no cell holds; seven samples are the supervisor's.
+    assert len(samples) == len(page.layout) + 1 + 7

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tproxyd.config import Config
-from tproxyd.proc import reconciler, supervisor
+from tproxyd.proc import generation, reconciler
 from tproxyd.proc.reconciler import Kernel, Report, Verb
 from tproxyd.tests.daemons import (
     Daemon,
@@ -29,7 +29,7 @@ from tproxyd.tests.daemons import (
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Daemons are forked from here, with these."""
-    monkeypatch.setattr(supervisor, "GRACE_S", 0.1)
+    monkeypatch.setattr(generation, "GRACE_S", 0.1)
     monkeypatch.setattr(reconciler, "FRESH_S", 0.0)
 
 

@@ -19,7 +19,7 @@ import pytest
 from tproxyd.config import Config
 from tproxyd.errors import KernelError
 from tproxyd.linux import CAP_SETGID
-from tproxyd.proc import reconciler, run_command, supervisor
+from tproxyd.proc import generation, reconciler, run_command
 from tproxyd.proc.reconciler import Kernel, Report, Verb
 from tproxyd.proc.run_command import Command, User, user
 from tproxyd.tests.daemons import (
@@ -39,7 +39,7 @@ root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become someb
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Daemons are forked from here, with these."""
-    monkeypatch.setattr(supervisor, "GRACE_S", 0.1)
+    monkeypatch.setattr(generation, "GRACE_S", 0.1)
     monkeypatch.setattr(reconciler, "FRESH_S", 0.0)
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from tproxyd.addr import Endpoint
 from tproxyd.config import Log
-from tproxyd.proc import reconciler, supervisor, watchdog
+from tproxyd.proc import generation, reconciler, watchdog
 from tproxyd.tests.daemons import (
     PATIENCE_S,
     PR_SET_CHILD_SUBREAPER,
@@ -36,7 +36,7 @@ from tproxyd.tests.daemons import (
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Daemons are forked from here, with these."""
-    monkeypatch.setattr(supervisor, "GRACE_S", 0.1)
+    monkeypatch.setattr(generation, "GRACE_S", 0.1)
     monkeypatch.setattr(reconciler, "FRESH_S", 0.0)
 
 
@@ -125,7 +125,7 @@ def test_a_worker_that_crashes_at_the_start_ends_it_all() -> None:
 
 
 def test_a_worker_that_is_never_ready_ends_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor, "START_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(generation, "START_TIMEOUT_S", 0.05)
     with Daemon(never_ready, drain_timeout_s=0.01) as daemon:
         said = daemon.rest()
         assert daemon.wait() == 3
@@ -174,8 +174,8 @@ def test_the_next_worker_serves_what_waited_and_counts_on() -> None:
 def test_workers_that_keep_dying_are_tried_again_ever_more_slowly(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(supervisor, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(supervisor, "LONGEST_PAUSE_S", 0.05)
+    monkeypatch.setattr(generation, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(generation, "LONGEST_PAUSE_S", 0.05)
     with Daemon(sound_once) as daemon:
         daemon.wait_ready()
         os.kill(daemon.ask(), signal.SIGKILL)
@@ -188,7 +188,7 @@ def test_workers_that_keep_dying_are_tried_again_ever_more_slowly(
 
 
 def test_a_worker_that_lived_long_is_replaced_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor, "SOUND_S", 0.0)
+    monkeypatch.setattr(generation, "SOUND_S", 0.0)
     with Daemon() as daemon:
         daemon.wait_ready()
         os.kill(daemon.ask(), signal.SIGKILL)
@@ -301,7 +301,7 @@ def test_a_worker_that_ignores_the_drain_is_killed() -> None:
 
 
 def test_a_second_signal_cuts_the_drain_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor, "GRACE_S", PATIENCE_S)
+    monkeypatch.setattr(generation, "GRACE_S", PATIENCE_S)
     with Daemon(leaves_only_when_cut, drain_timeout_s=3600.0) as daemon:
         daemon.wait_ready()
         daemon.signal(signal.SIGTERM)

@@ -17,7 +17,7 @@ import pytest
 
 from tproxyd.addr import Endpoint
 from tproxyd.config import HealthCheck, Listener
-from tproxyd.proc import child, prober, reconciler, supervisor, upstreams
+from tproxyd.proc import child, generation, prober, reconciler, supervisor, upstreams
 from tproxyd.proc.worker import WorkerSpec
 from tproxyd.tests.daemons import PATIENCE_S, Daemon, free_port, say
 
@@ -50,7 +50,7 @@ def names(monkeypatch: pytest.MonkeyPatch) -> Names:
     """Daemons are forked from here, with these."""
     names = Names()
     monkeypatch.setattr(prober, "look_up", names)
-    monkeypatch.setattr(supervisor, "GRACE_S", 0.1)
+    monkeypatch.setattr(generation, "GRACE_S", 0.1)
     monkeypatch.setattr(supervisor, "FIRST_S", 3600.0)  # no start has to wait for so long
     monkeypatch.setattr(reconciler, "FRESH_S", 0.0)
     monkeypatch.setattr(upstreams, "PAUSE_S", 0.01)

@@ -1,0 +1,100 @@
+"""Asking a running daemon to do something: the client's end of its command socket.
+
+An abstract unix socket (unix(7)), so it belongs to a network namespace, as the daemon does, needs
+no directory that it may write to, and is gone with the process, however that ends. It is named
+after the admin endpoint of the configuration: that is what tells the daemons of a namespace apart,
+and `-c FILE` finds the one that FILE started.
+
+A request is one JSON line with a "verb", an answer is one JSON line, and that is the end of the
+connection. What the daemon refuses, a KernelError or a ConfigError, is raised here again with the
+same words. Whom it lets ask, proc/commands.py says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import struct
+from typing import Any
+
+from tproxyd.config import Config
+from tproxyd.errors import ConfigError, KernelError, Problem, TproxydError, Unreachable
+
+Request = dict[str, Any]
+Answer = dict[str, Any]
+
+# A thousand connections to end, by their ids, in one request.
+MAX_REQUEST = 64 * 1024
+# For an answer that is not worth waiting for: a stop, say, takes as long as the drain.
+TIMEOUT_S = 10.0
+
+
+def name_of(config: Config) -> str:
+    """The abstract address; without an admin endpoint its last part is empty."""
+    return f"\0tproxyd/command/{config.admin or ''}"
+
+
+def ask(name: str, request: Request, timeout: float = TIMEOUT_S) -> Answer:
+    """The daemon's answer; Unreachable, or what it refused with."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        # Not settimeout(): a socket that does not block is told EAGAIN where the queue of those who
+        # want to connect is full, however soon it would have room (unix_stream_connect).
+        limit = struct.pack("@ll", int(timeout), int(timeout % 1 * 1e6))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+        try:
+            sock.connect(name)
+            line = json.dumps(request).encode() + b"\n"
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                sock.sendall(line)  # or it has answered already: it does not let us ask
+            text = _all_of(sock)
+        except BlockingIOError:
+            why = f"no answer within {timeout:g} s"
+            raise _unreachable(why, "it may hang: see its log, and tproxyd status") from None
+        except ConnectionRefusedError:
+            why = "none runs with this configuration in this network namespace"
+            hint = "start it with tproxyd run, or name its configuration with -c"
+            raise _unreachable(why, hint) from None
+        except OSError as error:
+            why = (error.strerror or str(error)).lower()
+            raise _unreachable(why, "see its log") from None
+    if not text.endswith(b"\n"):
+        raise _unreachable("it hung up", "it is stopping, or busy with others: try again")
+    answer: Answer = json.loads(text)
+    if "error" in answer:
+        raise _decoded(answer["error"])
+    return answer
+
+
+def _all_of(sock: socket.socket) -> bytes:
+    text = b""
+    with contextlib.suppress(ConnectionResetError):  # it did not read all that we had to say
+        while data := sock.recv(1 << 18):
+            text += data
+    return text
+
+
+def _unreachable(why: str, hint: str) -> Unreachable:
+    return Unreachable(f"can't ask the daemon: {why}; {hint}")
+
+
+# An error on its way ----------------------------------------------------------------------------
+
+
+def encoded(error: TproxydError) -> dict[str, Any]:
+    """As the value of "error" in an answer."""
+    if isinstance(error, KernelError):
+        return {"kernel": [error.action, error.why, error.hint]}
+    if isinstance(error, ConfigError):
+        return {"config": [error.origin, [list(problem) for problem in error.problems]]}
+    return {"other": str(error)}
+
+
+def _decoded(error: dict[str, Any]) -> TproxydError:
+    match error:
+        case {"kernel": [action, why, hint]}:
+            return KernelError(action, why, hint)
+        case {"config": [origin, problems]}:
+            return ConfigError(origin, tuple(Problem(*each) for each in problems))
+    return Unreachable(str(error.get("other", error)))

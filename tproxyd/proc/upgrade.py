@@ -1,0 +1,194 @@
+"""Handing everything over to a new process of the program: `tproxyd upgrade`, or SIGUSR2.
+
+The running supervisor (the predecessor) starts the program anew, by the command line that it was
+started with itself, and gives it its listening sockets by the protocol of systemd (LISTEN_FDS; one
+more, by the name of "predecessor", is what the two talk over). The four promises of an upgrade are
+those that Cloudflare's tableflip makes:
+
+1. No old code runs on once it has worked: the predecessor takes no more connections, ends when
+   those it has are done or its drain deadline passes, and touches neither sockets nor kernel state
+   again.
+2. The successor has time to prepare. It reads its configuration, starts its workers and only then
+   asks for the rest; up to there, and in between, the predecessor serves.
+3. A successor that fails on the way does no harm: it says why, or just dies, and the predecessor
+   takes back what it had let go.
+4. One upgrade at a time.
+
+The listening sockets are never closed, so nothing in an accept queue is lost; both serve them while
+they pass. The kernel state stands all the while and moves in one step where the new program, or a
+configuration that has changed, wants another. Counters begin anew, as with every new process.
+
+    successor       predecessor
+    ready       →                 its workers accept
+                    lets go of kernel state, admin endpoint and command socket
+                ←   yours
+    serving     →                 it has them; what fails here is "failed: …"
+                    retires its workers, tells systemd the new MAINPID=, ends
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+
+from tproxyd.errors import KernelError
+from tproxyd.proc import child, systemd
+
+# For all of the successor's start: names are waited for 3 s, workers 10 s, the kernel state 10 s.
+UPGRADE_TIMEOUT_S = 30.0
+NAME = "predecessor"
+ADMIN = "admin"
+LISTENER = "listener"
+
+_READY, _YOURS, _SERVING, _FAILED, _NO = "ready", "yours", "serving", "failed: ", "no"
+
+
+class Channel:
+    """One word a datagram, both ways; "" when the other end is gone."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+
+    async def hear(self) -> str:
+        try:
+            data = await asyncio.get_running_loop().sock_recv(self._sock, 65536)
+        except OSError:
+            return ""
+        return data.decode(errors="replace")
+
+    def say(self, word: str) -> None:
+        with contextlib.suppress(OSError):  # it is gone, and will be missed elsewhere
+            self._sock.send(word.encode()[:65536])
+
+    def close(self) -> None:
+        self._sock.close()
+
+
+# The predecessor's side ---------------------------------------------------------------------------
+
+
+class Successor:
+    """The new process, from its fork on."""
+
+    def __init__(self, files: Sequence[tuple[str, socket.socket]]) -> None:
+        """`files` with their names. KernelError when there can be no more processes."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            given = [*files, (NAME, theirs)]
+            try:
+                self.pid = child.fork(lambda: _execute(given), [s.fileno() for _, s in given])
+            except OSError as error:
+                ours.close()
+                why = (error.strerror or str(error)).lower()
+                hint = "allow more processes or memory"
+                raise KernelError("start the new process", why, hint) from error
+        self._channel = Channel(ours)
+        self.gone = asyncio.Event()
+        self.ending = ""  # how it ended
+
+    async def is_ready(self) -> None:
+        await self._expect(_READY)
+
+    async def takes_over(self) -> None:
+        """It may have the rest now; until it has. KernelError when it can't."""
+        self._channel.say(_YOURS)
+        await self._expect(_SERVING)
+
+    async def _expect(self, word: str) -> None:
+        heard = await self._channel.hear()
+        if heard == word:
+            return
+        hint = "the old process goes on"
+        if heard.startswith(_FAILED):
+            raise KernelError("upgrade", f"the new process {heard.removeprefix(_FAILED)}", hint)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1):  # EOF comes before SIGCHLD is heard
+                await self.gone.wait()
+        how = self.ending or "fell silent"
+        raise KernelError("upgrade", f"the new process {how}; the log says why", hint)
+
+    def dismiss(self) -> None:
+        """It is not wanted (any more)."""
+        self._channel.say(_NO)
+        self._channel.close()
+        if not self.gone.is_set():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGTERM)
+
+    def close(self) -> None:
+        self._channel.close()
+
+
+def _execute(files: Sequence[tuple[str, socket.socket]]) -> None:
+    """In the forked child: become the program that is there now."""
+    above = systemd.FIRST_FD + len(files)
+    copies = [fcntl.fcntl(sock.fileno(), fcntl.F_DUPFD, above) for _, sock in files]
+    for at, copy in enumerate(copies, systemd.FIRST_FD):
+        os.dup2(copy, at, inheritable=True)
+        os.close(copy)
+    environment = {
+        **os.environ,
+        "LISTEN_PID": str(os.getpid()),
+        "LISTEN_FDS": str(len(files)),
+        "LISTEN_FDNAMES": ":".join(name for name, _ in files),
+    }
+    if "WATCHDOG_PID" in environment:
+        environment["WATCHDOG_PID"] = str(os.getpid())
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        os.execve(sys.executable, sys.orig_argv, environment)
+    except OSError as error:
+        sys.stderr.write(f"tproxyd: can't run {sys.executable}: {error.strerror}\n")
+        sys.exit(127)
+
+
+# The successor's side -----------------------------------------------------------------------------
+
+
+class Inheritance:
+    """What this process was started with: sockets of systemd's keeping, or of a predecessor."""
+
+    def __init__(self) -> None:
+        self.listeners: list[socket.socket] = []
+        self.admin: socket.socket | None = None
+        self.predecessor: Channel | None = None
+        for name, sock in systemd.inherited():
+            if name == NAME:
+                self.predecessor = Channel(sock)
+            elif name == ADMIN:
+                self.admin = sock
+            elif sock.type == socket.SOCK_STREAM and sock.family != socket.AF_UNIX:
+                sock.setblocking(False)
+                self.listeners.append(sock)
+            else:
+                sock.close()
+
+    async def take_over(self) -> None:
+        """Our workers accept: from here on kernel state and endpoints are ours.
+
+        KernelError when the predecessor has thought better of it. One that is gone has nothing
+        left to let go of.
+        """
+        if self.predecessor is None:
+            return
+        self.predecessor.say(_READY)
+        async with asyncio.timeout(UPGRADE_TIMEOUT_S):
+            heard = await self.predecessor.hear()
+        if heard not in (_YOURS, ""):
+            why = "the process that is to be replaced says no"
+            raise KernelError("take over", why, "see its log; it goes on")
+
+    def settled(self, failure: Exception | None = None) -> None:
+        """The predecessor learns how it went."""
+        if self.predecessor is not None:
+            self.predecessor.say(_SERVING if failure is None else f"{_FAILED}{failure}")
+            self.predecessor.close()
+            self.predecessor = None

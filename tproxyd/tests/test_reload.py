@@ -1,0 +1,236 @@
+"""Reload: another configuration on the same sockets, or the old one goes on; nobody notices."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from tproxyd.tests.daemons import free_port
+from tproxyd.tests.programs import Echo, Program, echoes
+
+CONFIG = """
+admin = "127.0.0.1:ADMIN"
+workers = {workers}
+drain_timeout_s = {drain}
+[log]
+access = ""
+[[listener]]
+name = "web"
+bind = "127.0.0.1"
+port = {port}
+upstream = ["127.0.0.1:{echo}"]
+"""
+
+
+@pytest.fixture
+def echo() -> Iterator[Echo]:
+    with Echo() as echo:
+        yield echo
+
+
+def text(echo: Echo, workers: int = 2, drain: float = 30.0, port: object = "PORT") -> str:
+    return CONFIG.format(workers=workers, drain=drain, port=port, echo=echo.port)
+
+
+def test_open_connections_live_on_and_new_ones_meet_new_workers(echo: Echo) -> None:
+    with Program(text(echo)) as program:
+        program.wait_ready()
+        before = {each["pid"] for each in program.status()["workers"]}
+        with program.connect() as old:
+            assert echoes(old)
+            program.signal(signal.SIGHUP)
+            program.wait_line(r"reloaded in \d+ ms")
+            with program.connect() as new:
+                assert echoes(old)
+                assert echoes(new)
+                status = program.status()
+                assert (status["pid"], status["ready"]) == (program.pid, True)
+                assert status["reload"]["done"] == 1
+                serving = {w["pid"] for w in status["workers"] if w["generation"] == 2}
+                retired = [w for w in status["workers"] if w["generation"] == 1]
+                assert not serving & before
+                assert len(serving) == 2
+                # Who has a connection stays for it; the other one may have gone already.
+                assert {w["pid"] for w in retired if w["active"]} <= before
+                assert {w["state"] for w in retired} == {"draining"}
+                assert program.metric('tproxyd_connections_active{listener="web"}') == 2
+
+
+def test_counters_go_on(echo: Echo) -> None:
+    ended = 'tproxyd_connections_total{close_reason="downstream_fin",listener="web"}'
+    with Program(text(echo)) as program:
+        program.wait_ready()
+        for count in range(1, 4):
+            with program.connect() as sock:
+                assert echoes(sock)
+                sock.shutdown(socket.SHUT_WR)
+                assert sock.recv(1) == b""
+            while program.metric(ended) < count:
+                pass
+            assert program.metric(ended) == count
+            program.signal(signal.SIGHUP)
+            program.wait_line("reloaded in")
+            while len(program.status()["workers"]) > 2:  # until the old ones are gone
+                pass
+            assert program.metric(ended) == count
+        assert program.metric('tproxyd_reloads_total{result="done"}') == 3
+
+
+def test_a_wrong_configuration_changes_nothing_and_is_told(echo: Echo) -> None:
+    with Program(text(echo)) as program:
+        program.wait_ready()
+        before = [each["pid"] for each in program.status()["workers"]]
+        program.write(text(echo).replace("upstream =", "upstreem ="))
+        program.signal(signal.SIGHUP)
+        program.wait_line('did you mean "upstream"')
+        program.wait_line("the configuration of before goes on")
+        status = program.status()
+        assert "upstreem" in status["reload"]["error"]
+        assert (status["reload"]["done"], status["reload"]["failed"]) == (0, 1)
+        assert [each["pid"] for each in status["workers"]] == before
+        assert program.metric("tproxyd_reload_failed") == 1
+        with program.connect() as sock:
+            assert echoes(sock)
+        program.write(text(echo))
+        program.signal(signal.SIGHUP)
+        program.wait_line("reloaded in")
+        assert program.status()["reload"]["error"] == ""
+        assert program.metric("tproxyd_reload_failed") == 0
+
+
+def test_what_open_connections_depend_on_takes_a_restart(echo: Echo) -> None:
+    with Program(text(echo)) as program:
+        program.wait_ready()
+        program.write("mark = 7\n" + text(echo) + "[rules]\nscheme = 'istio'\n")
+        program.signal(signal.SIGHUP)
+        program.wait_line("mark: is 1337 while connections are open; a restart changes it to 7")
+        program.wait_line("rules.scheme: is lean while connections are open; a restart changes it")
+        program.wait_line("the configuration of before goes on")
+
+
+def test_a_port_that_is_taken_fails_the_reload_as_a_whole(echo: Echo) -> None:
+    with Program(text(echo)) as program, socket.create_server(("127.0.0.1", 0)) as other:
+        program.wait_ready()
+        taken = other.getsockname()[1]
+        more = '[[listener]]\nname = "more"\nbind = "127.0.0.1"\n'
+        more += f'port = {taken}\nupstream = ["127.0.0.1:{echo.port}"]\n'
+        program.write(text(echo, workers=4) + more)
+        program.signal(signal.SIGHUP)
+        program.wait_line(f"can't listen on 127.0.0.1:{taken}")
+        program.wait_line("the configuration of before goes on")
+        assert [each["generation"] for each in program.status()["workers"]] == [1, 1]
+        for _ in range(20):  # whatever socket they hash to
+            with program.connect() as sock:
+                assert echoes(sock)
+
+
+def test_listeners_come_and_go(echo: Echo) -> None:
+    second = free_port()
+    with Program(text(echo)) as program:
+        program.wait_ready()
+        more = f'[[listener]]\nname = "more"\nbind = "127.0.0.1"\nport = {second}\n'
+        more += f'upstream = ["127.0.0.1:{echo.port}"]\n'
+        program.write(text(echo) + more)
+        program.signal(signal.SIGHUP)
+        program.wait_line("reloaded in")
+        with program.connect(second) as open_one:
+            assert echoes(open_one)
+            program.write(text(echo))
+            program.signal(signal.SIGHUP)
+            program.wait_line("reloaded in")
+            while is_served(program, second):  # until the retired workers have let go of it
+                pass
+            assert echoes(open_one)
+        # What it has counted is not forgotten.
+        name = 'tproxyd_connections_total{close_reason="downstream_reset",listener="more"}'
+        assert program.metric(name) >= 0
+
+
+@pytest.mark.parametrize(("first", "then"), [(1, 3), (3, 1)])
+def test_more_or_fewer_workers(echo: Echo, first: int, then: int) -> None:
+    """Each listening socket has somebody who accepts from it, however many there were before."""
+    with Program(text(echo, workers=first)) as program:
+        program.wait_ready()
+        program.write(text(echo, workers=then))
+        program.signal(signal.SIGHUP)
+        program.wait_line("reloaded in")
+        while len(program.status()["workers"]) > then:
+            pass
+        for _ in range(40):
+            with program.connect() as sock:
+                assert echoes(sock)
+
+
+def test_what_waits_in_a_queue_is_served_by_the_next_ones(echo: Echo) -> None:
+    with Program(text(echo, workers=1)) as program:
+        program.wait_ready()
+        (old,) = program.status()["workers"]
+        os.kill(old["pid"], signal.SIGSTOP)
+        with program.connect() as waiting:
+            program.signal(signal.SIGHUP)
+            program.wait_line("reloaded in")
+            assert echoes(waiting)
+        os.kill(old["pid"], signal.SIGCONT)
+
+
+def test_what_is_open_when_the_drain_deadline_passes_is_cut(echo: Echo) -> None:
+    with Program(text(echo)) as program:
+        program.wait_ready()
+        with program.connect() as sock:
+            assert echoes(sock)
+            program.write(text(echo, drain=0.05))
+            program.signal(signal.SIGHUP)
+            program.wait_line("reloaded in")
+            with pytest.raises(ConnectionResetError):
+                sock.recv(1)
+        name = 'tproxyd_connections_total{close_reason="drain_timeout",listener="web"}'
+        while program.metric(name) < 1:
+            pass
+
+
+def test_the_admin_endpoint_moves(echo: Echo) -> None:
+    with Program(text(echo)) as program:
+        program.wait_ready()
+        old, program.admin = program.admin, free_port()
+        program.write(text(echo))
+        program.signal(signal.SIGHUP)
+        program.wait_line(f"admin endpoint: http://127.0.0.1:{program.admin}/")
+        program.wait_line("reloaded in")
+        assert program.get("/livez") == (200, "ok\n")
+        with pytest.raises(ConnectionRefusedError):
+            program.get("/livez", old)
+
+
+def test_a_stop_in_the_middle_is_a_stop(echo: Echo) -> None:
+    """The upstream's name is waited for, and the stop comes first."""
+    with Program(text(echo)) as program:
+        program.wait_ready()
+        program.write(text(echo).replace("127.0.0.1:" + str(echo.port), "no.such.invalid:80"))
+        program.signal(signal.SIGHUP)
+        program.signal(signal.SIGTERM)
+        program.rest()
+        assert program.process.wait() == 0
+        assert program.lines[-1] == "tproxyd: stopped"
+
+
+def test_reloads_that_come_at_once_are_made_one_after_the_other(echo: Echo) -> None:
+    with Program(text(echo)) as program:
+        program.wait_ready()
+        for _ in range(5):
+            program.signal(signal.SIGHUP)
+        program.wait_line("reloaded in")
+        with program.connect() as sock:
+            assert echoes(sock)
+        assert program.metric('tproxyd_reloads_total{result="failed"}') == 0
+
+
+def is_served(program: Program, port: int) -> bool:
+    try:
+        program.connect(port).close()
+    except ConnectionRefusedError:
+        return False
+    return True

@@ -1,0 +1,237 @@
+"""The four promises of an upgrade (proc/upgrade.py), each broken by a program that fails its part.
+
+The new program is what the old one was started as; a package in front of it on PYTHONPATH, read by
+the new process only, stands for a version that behaves otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tproxyd.proc import systemd
+from tproxyd.tests.programs import Echo, Program, echoes
+from tproxyd.tests.test_reload import text
+
+
+@pytest.fixture
+def echo() -> Iterator[Echo]:
+    with Echo() as echo:
+        yield echo
+
+
+class Upgradable(Program):
+    """Its next process begins with the Python code in `self.next`, if there is any."""
+
+    def __enter__(self) -> Upgradable:
+        super().__enter__()
+        return self
+
+    @property
+    def next(self) -> Path:
+        return Path(self._environment["PYTHONPATH"], "sitecustomize.py")
+
+
+@pytest.fixture
+def program(echo: Echo, tmp_path: Path) -> Iterator[Upgradable]:
+    with Upgradable(text(echo), environment={"PYTHONPATH": str(tmp_path)}) as program:
+        program.wait_ready()
+        yield program
+
+
+def upgrade(program: Program) -> int:
+    """Start one; the pid of the new process once it serves."""
+    program.signal(signal.SIGUSR2)
+    line = program.wait_line(r"process \d+ serves from here on")
+    (pid,) = re.findall(r"process (\d+)", line)
+    return int(pid)
+
+
+def exists(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+def test_the_new_process_serves_and_the_old_one_ends(program: Upgradable) -> None:
+    """Promise 1."""
+    with program.connect() as old:
+        assert echoes(old)
+        new = upgrade(program)
+        assert new != program.pid
+        status = program.status()
+        assert (status["pid"], status["ready"]) == (new, True)
+        assert echoes(old)  # the old one drains
+        assert exists(program.pid)
+        with program.connect() as sock:
+            assert echoes(sock)
+            pids = [each["pid"] for each in program.status()["workers"] if each["active"]]
+            assert len(pids) == 1
+    assert program.process.wait(10) == 0
+    program.signal(signal.SIGTERM, new)
+    program.rest()
+
+
+def test_time_to_prepare(program: Upgradable) -> None:
+    """Promise 2: as long as the new one is not ready, the old one serves."""
+    gate = program.scratch / "gate"
+    os.mkfifo(gate)
+    program.next.write_text(f"open({str(gate)!r}).read()\n")
+    program.signal(signal.SIGUSR2)
+    program.wait_line(r"upgrade: the new process is \d+")
+    with gate.open("w"):  # it has begun
+        with program.connect() as sock:
+            assert echoes(sock)
+        assert program.status()["pid"] == program.pid
+        assert program.get("/readyz")[0] == 200
+    program.wait_line("serves from here on")
+
+
+@pytest.mark.parametrize(
+    ("code", "how"),
+    [
+        ("import os; os._exit(9)", "ended with exit status 9"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "was killed by SIGKILL"),
+    ],
+)
+def test_a_crash_at_the_start_does_no_harm(program: Upgradable, code: str, how: str) -> None:
+    """Promise 3."""
+    program.next.write_text(code)
+    program.signal(signal.SIGUSR2)
+    line = program.wait_line("can't upgrade")
+    assert f"the new process {how}" in line
+    assert "the old process goes on" in line
+    assert_goes_on(program)
+
+
+def test_a_configuration_that_is_wrong_by_now_does_no_harm(program: Upgradable, echo: Echo) -> None:
+    """Promise 3."""
+    program.write(text(echo) + "what = 1\n")
+    program.signal(signal.SIGUSR2)
+    program.wait_line("what: unknown key")
+    program.wait_line("can't upgrade: the new process ended with exit status 2")
+    assert_goes_on(program)
+
+
+def test_a_crash_when_all_is_let_go_does_no_harm(program: Upgradable) -> None:
+    """Promise 3, at its worst moment: the old one has let go of its admin endpoint already."""
+    program.next.write_text(
+        "from tproxyd.proc import upgrade\n"
+        "import os\n"
+        "upgrade.Inheritance.settled = lambda self, failure=None: os._exit(9)\n"
+    )
+    program.signal(signal.SIGUSR2)
+    program.wait_line("can't upgrade: the new process ended with exit status 9")
+    assert_goes_on(program)
+
+
+def test_one_that_says_why_it_cannot(program: Upgradable, echo: Echo) -> None:
+    """Promise 3."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = other.getsockname()[1]
+        more = '[[listener]]\nname = "more"\nbind = "127.0.0.1"\n'
+        more += f'port = {taken}\nupstream = ["127.0.0.1:{echo.port}"]\n'
+        program.write(text(echo) + more)
+        program.signal(signal.SIGUSR2)
+        program.wait_line(f"can't upgrade: the new process can't listen on 127.0.0.1:{taken}")
+    assert_goes_on(program)
+
+
+def test_one_at_a_time(program: Upgradable) -> None:
+    """Promise 4: a second one waits until the first has come to nothing."""
+    gate = program.scratch / "gate"
+    os.mkfifo(gate)
+    program.next.write_text(f"open({str(gate)!r}).read()\nimport os; os._exit(9)\n")
+    program.signal(signal.SIGUSR2)
+    first = program.wait_line(r"upgrade: the new process is \d+")
+    program.signal(signal.SIGUSR2)
+    program.signal(signal.SIGHUP)
+    with gate.open("w"):
+        assert program.get("/readyz")[0] == 200
+        assert not [line for line in program.lines if "reloaded" in line]
+        program.next.write_text("")
+    program.wait_line("can't upgrade: the new process ended with exit status 9")
+    second = program.wait_line(r"upgrade: the new process is \d+")
+    assert first != second
+    program.wait_line("serves from here on")
+
+
+def test_again_and_again(program: Upgradable, echo: Echo) -> None:
+    pid = program.pid
+    for workers in (3, 1, 2):
+        program.write(text(echo, workers=workers))
+        program.signal(signal.SIGUSR2, pid)
+        line = program.wait_line(r"process \d+ serves from here on")
+        pid = int(re.findall(r"process (\d+)", line)[0])
+        assert program.status()["pid"] == pid
+        assert len(program.status()["workers"]) == workers
+        for _ in range(20):
+            with program.connect() as sock:
+                assert echoes(sock)
+
+
+def test_a_stop_in_the_middle_is_a_stop_of_both(program: Upgradable) -> None:
+    gate = program.scratch / "gate"
+    os.mkfifo(gate)
+    program.next.write_text(f"open({str(gate)!r}).read()\n")
+    program.signal(signal.SIGUSR2)
+    program.wait_line(r"upgrade: the new process is \d+")
+    with gate.open("w"):
+        program.signal(signal.SIGTERM)
+        program.rest()
+    assert program.process.wait() == 0
+
+
+def assert_goes_on(program: Program) -> None:
+    """With everything that it had."""
+    assert program.status()["pid"] == program.pid
+    assert program.get("/readyz")[0] == 200
+    for _ in range(20):
+        with program.connect() as sock:
+            assert echoes(sock)
+
+
+# Sockets of systemd's keeping ---------------------------------------------------------------------
+
+
+def test_a_restart_finds_the_sockets_that_systemd_kept(echo: Echo, tmp_path: Path) -> None:
+    """What waits in a queue while there is no process is served by the next."""
+    path = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(path)
+        manager.settimeout(10)
+        environment = {"NOTIFY_SOCKET": path}
+        with Program(text(echo), "--keep-sockets", environment=environment) as first:
+            kept: list[int] = []
+            while True:
+                words, files, _, _ = socket.recv_fds(manager, 4096, 300)
+                kept += files
+                if b"READY=1" in words:
+                    break
+                assert words.startswith(b"FDSTORE=1\nFDNAME=127.0.0.1-")
+            assert len(kept) == 2  # one a worker
+            with first.connect() as open_one:
+                assert echoes(open_one)
+                first.signal(signal.SIGTERM)
+                assert first.process.wait(10) == 0
+                with first.connect() as waiting:  # there is nobody now
+                    waiting.sendall(b"anybody?")
+                    # Whoever was busy with a connection still is.
+                    assert echoes(open_one)
+                    first.again(kept)
+                    first.wait_line(r"ready in \d+ ms")
+                    assert waiting.recv(8) == b"anybody?"
+
+
+def test_what_is_no_socket_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LISTEN_PID", "1")
+    monkeypatch.setenv("LISTEN_FDS", "3")
+    assert systemd.inherited() == []
+    assert "LISTEN_FDS" not in os.environ
