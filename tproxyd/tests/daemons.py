@@ -57,6 +57,15 @@ class OnLoopback:
 # Workers ------------------------------------------------------------------------------------------
 
 
+def hear(spec: WorkerSpec, taken: int = 0) -> str:
+    """The next word of the supervisor's, "" at its end; or "ping", which has been answered."""
+    word = spec.control.recv(10_000).decode().strip()
+    if word == watchdog.PING:
+        with suppress(BrokenPipeError):  # it was killed since
+            spec.control.send(f"{watchdog.answer(taken, accepting=True)}\n".encode())
+    return word
+
+
 def worker(spec: WorkerSpec) -> None:
     """Answers each connection with its pid, counting, until told to drain or left alone."""
     layout, row = Layout(spec.config), spec.rows[spec.slot]
@@ -65,11 +74,8 @@ def worker(spec: WorkerSpec) -> None:
     while True:
         readable, _, _ = select.select([spec.control, *sockets], (), ())
         if spec.control in readable:
-            word = spec.control.recv(100).decode().strip()
+            word = hear(spec, row[layout.index(ACTIVE, spec.config.listeners[0].name)])
             if word == watchdog.PING:
-                taken = row[layout.index(ACTIVE, spec.config.listeners[0].name)]
-                with suppress(BrokenPipeError):  # it was killed since
-                    spec.control.send(f"{watchdog.answer(taken, accepting=True)}\n".encode())
                 continue
             say(f"worker {spec.slot} hears {word or 'nobody'}")
             return
@@ -105,17 +111,15 @@ def ignores_drain(spec: WorkerSpec) -> None:
 def accepts_nothing(spec: WorkerSpec) -> None:
     """Its loop runs; it says that it accepts, and does not."""
     spec.control.send(b"ready\n")
-    while word := spec.control.recv(100):
-        if word == f"{watchdog.PING}\n".encode():
-            spec.control.send(f"{watchdog.answer(0, accepting=True)}\n".encode())
+    while hear(spec):
+        pass
 
 
 def leaves_only_when_cut(spec: WorkerSpec) -> None:
     spec.control.send(b"ready\n")
-    while (word := spec.control.recv(100)) != b"cut\n":
-        if word == f"{watchdog.PING}\n".encode():
-            continue
-        say(f"worker {spec.slot} hears {word.decode().strip()}")
+    while (word := hear(spec)) != "cut":
+        if word != watchdog.PING:
+            say(f"worker {spec.slot} hears {word}")
 
 
 def sound_once(spec: WorkerSpec) -> None:
