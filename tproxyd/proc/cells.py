@@ -71,6 +71,7 @@ class Cells:
             {reason: at(CONNECTIONS, name, reason.value) for reason in CloseReason}
             for name in names
         )
+        self.taken = (*self.active, *(cell for each in self.ended for cell in each.values()))
         self.received = at(BYTES, "received")
         self.sent = at(BYTES, "sent")
         self.headers = {

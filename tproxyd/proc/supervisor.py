@@ -41,11 +41,12 @@ from tproxyd.proc import counters, status, systemd, upgrade
 from tproxyd.proc.ask import Answer, Request
 from tproxyd.proc.commands import Handler
 from tproxyd.proc.endpoints import Endpoints
-from tproxyd.proc.generation import Generation, ending_of
+from tproxyd.proc.generation import Generation, ending_of, kill_hung
 from tproxyd.proc.reconciler import Reconciler, State, load_to_install
 from tproxyd.proc.sockets import Listening, Sockets
 from tproxyd.proc.startup import age_ms, log_to_stderr, open_access_log, raise_file_limit
 from tproxyd.proc.upstreams import FIRST_S
+from tproxyd.proc.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from tproxyd.proc.run_command import Command
@@ -83,6 +84,7 @@ class Supervisor:
         self._inheritance = inheritance or upgrade.Inheritance()
         self._sockets = Sockets(listening, self._inheritance.listeners, store=keep_sockets)
         self._generation: Generation | None = None  # the one that serves
+        self._watchdog = Watchdog(lambda: self._serving().ready(), kill_hung)
         self._born = 0
         self._retired: dict[Generation, asyncio.Task[None]] = {}
         self._totals = counters.Totals()
@@ -159,8 +161,7 @@ class Supervisor:
         systemd.notify("READY=1", "STATUS=Serving")
         log.info("ready in %d ms", age_ms())
         self._tasks.append(self._loop.create_task(self._watch_kernel()))
-        if (interval := systemd.watchdog_interval()) is not None:
-            self._tasks.append(self._loop.create_task(_feed_watchdog(interval)))
+        self._tasks.append(self._loop.create_task(self._watchdog.run()))
         if self._command is not None:
             for _ in range(3):  # a signal that came before is heard first: wake-up, reader, handler
                 await asyncio.sleep(0)
@@ -179,7 +180,13 @@ class Supervisor:
             raise
         self._born += 1
         generation = Generation(
-            self._born, config, self._worker, listeners, access_log, self._files
+            self._born,
+            config,
+            self._worker,
+            listeners,
+            access_log,
+            self._files,
+            heard=self._watchdog.heard,
         )
         self._totals.add(generation.page)
         generation.upstreams.start()
@@ -499,7 +506,7 @@ class Supervisor:
     def metrics(self) -> tuple[bytes, str]:
         generation = self._serving()
         own = counters.Own(
-            workers=generation.workers_ready(),
+            workers=len(generation.ready()),
             worker_restarts=self._restarts + sum(each.restarts for each in self._generations()),
             kernel_drift=self._kernel.drifts,
             upstreams=generation.upstreams.counts(),
@@ -524,12 +531,6 @@ def _check_change(old: Config, new: Config) -> None:
     )
     if problems:
         raise ConfigError("by a reload", problems)
-
-
-async def _feed_watchdog(interval: float) -> None:
-    while True:
-        systemd.notify("WATCHDOG=1")
-        await asyncio.sleep(interval)
 
 
 def serve(

@@ -49,7 +49,7 @@ from tproxyd.linux import (
     reset_on_close,
     rtt_and_retransmits,
 )
-from tproxyd.proc import privileges
+from tproxyd.proc import privileges, watchdog
 from tproxyd.proc.cells import Cells, Counting
 from tproxyd.proc.clients import ClientTables
 from tproxyd.proc.control import MAX_WORD
@@ -66,6 +66,7 @@ _RETRY_ACCEPT_S = 0.1
 # And where it was the upstream's: behind clients that ask for theirs every tenth of a second, and a
 # tick of their timers.
 _STAND_BACK_S = 0.2
+_PING = f"{watchdog.PING}\n".encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,6 +257,11 @@ class Worker(Sockets, Counting):
             return
         except OSError:
             data = b""
+        if data == _PING:
+            # A supervisor that does not read hangs itself, and needs no answer.
+            with contextlib.suppress(OSError):
+                self._spec.control.send(self._pulse())
+            return
         verb, *words = data.decode().split(" ", 1)
         if verb == "upstreams":
             for index, upstreams in json.loads(words[0]).items():
@@ -272,6 +278,10 @@ class Worker(Sockets, Counting):
             self._drain(self._spec.config.drain_timeout_s, "stop", every, shut=bool(data))
             if verb == "cut\n":
                 self._cut("the stop was cut short")
+
+    def _pulse(self) -> bytes:
+        taken = sum(self._row[cell] for cell in self._cells.taken)
+        return f"{watchdog.answer(taken, self._listening)}\n".encode()
 
     def _drain(self, limit: float, why: str, gone: set[int], *, shut: bool = True) -> None:
         """Take no more connections, and leave when all are done, after `limit` seconds at most.
