@@ -14,7 +14,12 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `lib`
 
+from lib.figures import Figure, Told, fixture_of
 from lib.topology import V4, V6, Family, Topology
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Told())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -23,6 +28,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if here in item.path.parents:
                 item.add_marker(pytest.mark.skip(reason="needs root; try: sudo scripts/test"))
+
+
+@pytest.fixture
+def figure(request: pytest.FixtureRequest) -> Figure:
+    """`figure("p99 3 ms")`: shown at the end of the run, under the name of the test."""
+    return fixture_of(request.node)
 
 
 @pytest.fixture
