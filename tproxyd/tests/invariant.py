@@ -142,15 +142,17 @@ def _check_header(data: bytes, header: Header) -> None:
             assert end.host == fold(end.host)
             assert "%" not in end.host
             assert 0 <= end.port <= 0xFFFF
-    filled = sum(3 + len(each.value) for each in header.tlvs)
-    assert filled <= max(0, header.size - V2_FIXED)
+    if header.version == 2 and not header.local and header.source is not None:
+        filled = sum(3 + len(each.value) for each in header.tlvs)
+        assert V2_FIXED + (12 if data[13] >> 4 == 1 else 36) + filled == header.size
+        assert sum(each.type == CRC32C for each in header.tlvs) <= 1
 
     told = describe(header)
     line = json.dumps(told)
     assert json.loads(line) == told
     assert len(line) <= LONGEST_TOLD * (1 + len(header.tlvs)) + 8 * header.size, len(line)
     _check_printable(told)
-    _check_written_again(header)
+    _check_written_again(head, header)
 
 
 def _check_printable(told: object) -> None:
@@ -166,7 +168,7 @@ def _check_printable(told: object) -> None:
                 _check_printable(each)
 
 
-def _check_written_again(header: Header) -> None:
+def _check_written_again(head: bytes, header: Header) -> None:
     """What is read can be written, by both encoders and by what sends on to an upstream."""
     ends = header.source, header.destination
     line = encode_v1(*ends)
@@ -179,6 +181,8 @@ def _check_written_again(header: Header) -> None:
         assert isinstance(again, Header)
         sealed = again.tlvs[-1:] if crc32c else ()
         assert again == Header(2, len(made), local, *ends, (*kept, *sealed))
+        if head[:14] == V2_SIGNATURE + b"\x21\x11" and again.tlvs == header.tlvs:
+            assert made == head
 
     assert _V1 is not None
     assert _ALL_V2 is not None

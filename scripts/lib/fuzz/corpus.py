@@ -1,14 +1,16 @@
 """The inputs worth keeping: one base64 line each, in a file that an ordinary test replays.
 
-Kept is the smallest set (greedily) that takes every step from line to line that any of them takes
-in the code under test. libFuzzer's own measure is finer, and its working corpus fifty times larger;
-it lives in .cache/fuzz and is only ever an acceleration.
+Kept is the smallest set (greedily) in which every step from line to line of the code under test
+that any input takes is taken by several: one alone would show little of what goes wrong there.
+libFuzzer's own measure is finer, and its working corpus much larger; it lives in .cache/fuzz and is
+only ever an acceleration.
 """
 
 from __future__ import annotations
 
 import base64
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FrameType
@@ -21,6 +23,8 @@ _UNDER_TEST = tuple(
     str(ROOT / "tproxyd" / name)
     for name in ("flow/proxyproto.py", "flow/tlv.py", "flow/announce.py", "addr.py")
 )
+
+SEVERAL = 6
 
 Step = tuple[str, int, int]  # a file, a line, the one after it
 
@@ -59,13 +63,18 @@ def steps(call: Callable[[bytes], None], data: bytes) -> set[Step]:
 
 
 def smallest(call: Callable[[bytes], None], inputs: Iterable[bytes]) -> list[bytes]:
-    """Of `inputs` those that are needed for every step; short ones first, and sorted."""
-    candidates = sorted(set(inputs), key=lambda each: (len(each), each))
-    taken = {each: steps(call, each) for each in candidates}
-    left = set[Step]().union(*taken.values())
+    """Of `inputs` those that are needed for every step SEVERAL times; short ones first, sorted."""
+    candidates = {each: steps(call, each) for each in sorted(set(inputs), key=_rank)}
+    left = Counter(step for taken in candidates.values() for step in taken)
+    left = Counter({step: min(count, SEVERAL) for step, count in left.items()})
     chosen = []
     while left:
-        best = max(candidates, key=lambda each: (len(taken[each] & left), -len(each)))
+        best = max(candidates, key=lambda each: len(candidates[each] & left.keys()))
+        left.subtract(candidates.pop(best) & left.keys())
+        left = +left
         chosen.append(best)
-        left -= taken[best]
-    return sorted(chosen, key=lambda each: (len(each), each))
+    return sorted(chosen, key=_rank)
+
+
+def _rank(data: bytes) -> tuple[int, bytes]:
+    return len(data), data
