@@ -32,8 +32,8 @@ def _at_most(factor: float, more: float, unit: str = "") -> Bound:
 
 # Memory: an allocator that has met its peak keeps some of it, and a worker that was killed is
 # replaced by one that has met nothing; a leak of one object a connection would be tens of
-# megabytes. Files: a worker keeps up to 16 pipes for bulk, two files each. Sockets: what TIME_WAIT holds is
-# counted apart, and not bounded: a minute's worth of connections.
+# megabytes. Files: a worker keeps up to 16 pipes for bulk, two files each. Sockets: what TIME_WAIT
+# holds is no part of them: a minute's worth of connections, whatever the proxy does.
 _MEMORY = _at_most(1.15, 3, " MiB")
 BOUNDS: dict[str, Bound] = {
     "supervisor PSS MiB": _MEMORY,
@@ -174,7 +174,7 @@ def _mean(samples: Sequence[Numbers]) -> Numbers:
 
 def written(rows: Sequence[Row]) -> str:
     head = ("", "rest before", "first fifth", "last fifth", "rest after", "bound", "")
-    lines = [head]
+    lines: list[tuple[str, ...]] = [head]
     for row in rows:
         shown = (f"{value:.1f}" if value == value else "" for value in row.values)
         lines.append((row.name, *shown, row.bound, row.broken))
