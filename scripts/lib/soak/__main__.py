@@ -196,7 +196,11 @@ def _say_counts(
     result: dict[str, Any], inflicted: faults.Faults, failures: list[faults.Failure]
 ) -> None:
     done = ", ".join(f"{count:,} {name}" for name, count in sorted(result["done"].items()))
-    print(f"done: {done}; {result['moved'] / 2**20:,.0f} MiB; worst short {result['worst']:.2f} s")
+    print(
+        f"done: {done}; {result['moved'] / 2**20:,.0f} MiB;"
+        f" the slowest through the proxy {result['worst']['short']:.2f} s,"
+        f" beside it {result['worst']['direct']:.2f} s"
+    )
     for name in dict.fromkeys(window.name for window in inflicted.windows):
         windows = [window for window in inflicted.windows if window.name == name]
         longest = max(window.mended - window.began for window in windows)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import socket
 import sys
 import time
 from collections.abc import Callable
 
-from soak.wire import HELLO_SIZE, LONGEST, PORT, Hello, Kind, Stream
+from soak.wire import DIRECT_PORT, HELLO_SIZE, LONGEST, PORT, Hello, Kind, Stream
 
 QUIET_S = 120.0  # a connection on which nothing comes for so long is stuck
 
@@ -41,7 +42,7 @@ async def serve(sock: socket.socket, peer: tuple[str, int]) -> None:
         hello = Hello.decode(head)
     except ValueError as error:
         raise Wrong("bypassed" if head.startswith(b"PROXY") else "wrong", str(error)) from None
-    if peer[1] == hello.port:
+    if peer[1] == hello.port and sock.getsockname()[1] != DIRECT_PORT:
         raise Wrong("bypassed", f"{peer} is the client's own socket")
     if peer[0] != hello.source:
         raise Wrong("wrong", f"{peer} should be {hello.source}")
@@ -122,12 +123,13 @@ async def accepting(listener: socket.socket) -> None:
 
 async def main() -> None:
     listeners = []
-    for family, host in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):
+    hosts = ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::"))
+    for (family, host), port in itertools.product(hosts, (PORT, DIRECT_PORT)):
         listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        listener.bind((host, PORT))
+        listener.bind((host, port))
         listener.listen(4096)
         listeners.append(listener)
     print(json.dumps({"ready": True}), flush=True)

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from lib.headers import v1, v2
 
-from soak.wire import LONGEST, PORT, Hello, Kind, Stream
+from soak.wire import DIRECT_PORT, LONGEST, PORT, Hello, Kind, Stream
 
 PATIENCE_S = 15.0  # for anything that a healthy proxy does in milliseconds
 FIFTHS = 5
@@ -42,7 +42,7 @@ WAYS = (
 )
 
 # Connections of each kind a second, as parts of the rate; bulk and the idle ones are a fixed few.
-SHORT, ABORTED, REFUSED = 0.93, 0.05, 0.02
+SHORT, DIRECT, ABORTED, REFUSED = 0.83, 0.10, 0.05, 0.02
 BULK_STREAMS, BULK_BYTES, BULK_BYTES_PER_S = 2, 32 << 20, 8 << 20
 IDLE, IDLE_SPEAKS_EVERY_S = 200, 10.0
 STALLED, STALLED_BYTES, STALLED_FOR_S = 4, 8 << 20, 4.0
@@ -62,14 +62,16 @@ class Load:
         self.number = 0
         self.done: Counter[str] = Counter()
         self.moved = 0
-        self.took: list[tuple[float, float]] = []  # when it began, how long: short connections
+        # When it began, how long: short connections, and such as go by the proxy.
+        self.took: dict[str, list[tuple[float, float]]] = {"short": [], "direct": []}
         self.tasks: set[asyncio.Task[None]] = set()
         self.ends = 0.0
 
     async def run(self, seconds: float) -> None:
         began = time.monotonic()
         self.done.clear()
-        self.took.clear()
+        for calls in self.took.values():
+            calls.clear()
         self.moved, self.ends = 0, began + seconds
         steady = [(self.bulk, BULK_STREAMS), (self.idle, IDLE), (self.stalled, STALLED)]
         async with asyncio.TaskGroup() as group:
@@ -79,23 +81,24 @@ class Load:
             group.create_task(self.pace())
         while self.tasks:
             await asyncio.wait(self.tasks)
-        fifths = [
-            sorted(took for at, took in self.took if i <= FIFTHS * (at - began) / seconds < i + 1)
-            for i in range(FIFTHS)
-        ]
-        say(
-            done=self.done,
-            moved=self.moved,
-            fifths=[[len(each), share(each, 0.5), share(each, 0.99)] for each in fifths],
-            worst=max((took for _, took in self.took), default=0.0),
-        )
+        fifths = {}
+        for name, calls in self.took.items():
+            parts: list[list[float]] = [[] for _ in range(FIFTHS)]
+            for at, took in calls:
+                parts[min(FIFTHS - 1, int(FIFTHS * (at - began) / seconds))].append(took)
+            ordered = map(sorted, parts)
+            fifths[name] = [[share(part, 0.5), share(part, 0.99)] for part in ordered]
+        worst = {
+            name: max((took for _, took in calls), default=0) for name, calls in self.took.items()
+        }
+        say(done=self.done, moved=self.moved, fifths=fifths, worst=worst)
 
     async def pace(self) -> None:
         """Short-lived ones, begun at the rate whatever becomes of those before."""
-        kinds = [self.short, self.aborted, self.refused]
+        kinds = [self.short, self.direct, self.aborted, self.refused]
         due = time.monotonic()
         while due < self.ends:
-            [kind] = self.random.choices(kinds, [SHORT, ABORTED, REFUSED])
+            [kind] = self.random.choices(kinds, [SHORT, DIRECT, ABORTED, REFUSED])
             task = asyncio.create_task(self.told(kind))
             self.tasks.add(task)
             task.add_done_callback(self.tasks.discard)
@@ -131,14 +134,19 @@ class Load:
 
     # Kinds of connections ------------------------------------------------------------------------
 
-    async def short(self) -> None:
+    async def short(self, port: int = PORT) -> None:
         began = time.monotonic()
         kind = self.random.choice([Kind.CLIENT_FIRST, Kind.APP_FIRST])
         sizes = self.random.choice([(100, 1000), (0, 200), (5000, 0), (70_000, 70_000)])
-        sock, hello = await self.connect(kind, *sizes, header=self.random.random() < 0.5)
+        header = port == PORT and self.random.random() < 0.5
+        sock, hello = await self.connect(kind, *sizes, header=header, port=port)
         with sock:
             await self.exchange(sock, hello)
-        self.took.append((began, time.monotonic() - began))
+        self.took["short" if port == PORT else "direct"].append((began, time.monotonic() - began))
+
+    async def direct(self) -> None:
+        """The same without the proxy: what the machine itself is doing meanwhile."""
+        await self.short(DIRECT_PORT)
 
     async def bulk(self) -> None:
         sizes = self.random.choice([(BULK_BYTES, 0), (0, BULK_BYTES), (BULK_BYTES, BULK_BYTES)])
@@ -199,25 +207,25 @@ class Load:
 
     # What they are made of -----------------------------------------------------------------------
 
-    async def open(self, way: Way, source: str) -> socket.socket:
+    async def open(self, way: Way, source: str, port: int = PORT) -> socket.socket:
         family = socket.AF_INET6 if ":" in way.pod else socket.AF_INET
         sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             sock.setsockopt(socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
             sock.bind((source, 0))
             async with asyncio.timeout(PATIENCE_S):
-                await asyncio.get_running_loop().sock_connect(sock, (way.pod, PORT))
+                await asyncio.get_running_loop().sock_connect(sock, (way.pod, port))
         except BaseException:
             sock.close()
             raise
         return sock
 
     async def connect(
-        self, kind: Kind, up: int, down: int, header: bool = False
+        self, kind: Kind, up: int, down: int, header: bool = False, port: int = PORT
     ) -> tuple[socket.socket, Hello]:
         """A connection that has said hello; a header comes in one piece, or in several."""
         way = self.random.choice(WAYS)
-        sock = await self.open(way, way.balancer if header else way.plain)
+        sock = await self.open(way, way.balancer if header else way.plain, port)
         self.number += 1
         source = way.stranger if header else way.plain
         hello = Hello(kind, self.number & 0xFFFFFFFF, up, down, source, sock.getsockname()[1])
