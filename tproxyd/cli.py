@@ -81,6 +81,13 @@ def _failed(error: TproxydError, code: int) -> int:
     return code
 
 
+def _stopped(error: KernelError, code: int) -> int:
+    """The daemon could not start, or not end in order: its own log says so, once there is one."""
+    from tproxyd.proc import startup
+
+    return code if startup.say(error) else _failed(error, code)
+
+
 def _arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tproxyd",
@@ -163,12 +170,15 @@ def run(args: argparse.Namespace) -> int:
     startup.do_without_openssl()  # which importing the supervisor would load
     from tproxyd.proc import supervisor
 
-    supervisor.serve(
-        config,
-        install=args.install,
-        reread=functools.partial(read_config, args.config),
-        keep_sockets=args.keep_sockets,
-    )
+    try:
+        supervisor.serve(
+            config,
+            install=args.install,
+            reread=functools.partial(read_config, args.config),
+            keep_sockets=args.keep_sockets,
+        )
+    except KernelError as error:
+        return _stopped(error, REFUSED)
     return FINE
 
 
@@ -186,7 +196,7 @@ def exec(args: argparse.Namespace) -> int:
         reread = functools.partial(read_config, args.config)
         supervisor.serve(config, install=True, reread=reread, command=command)
     except KernelError as error:
-        return _failed(error, command.code if command.started else REFUSED)
+        return _stopped(error, command.code if command.started else REFUSED)
     return command.code
 
 

@@ -20,12 +20,14 @@ from tproxyd.flow.tally import (
     FALLBACKS,
     HEADERS,
     LOG_DROPPED,
+    LOG_FAILING,
     PORT_RETRIES,
     RETRIES,
     SOURCE_FALLBACKS,
     TLVS_LEFT_OUT,
     HeaderResult,
     Layout,
+    LogFailure,
     PortCause,
     bucket,
 )
@@ -60,6 +62,10 @@ class Counting:
     def count_log_dropped(self, lines: int) -> None:
         self._row[self._cells.log_dropped] += lines
 
+    def log_fails(self, why: LogFailure | None) -> None:
+        for cause, cell in self._cells.log_failing.items():
+            self._row[cell] = cause is why
+
 
 class Cells:
     """Where each count of this worker stands in its row: Layout's answers, looked up once."""
@@ -89,3 +95,4 @@ class Cells:
         self.accept_pauses = at(ACCEPT_PAUSES)
         self.left_out = at(TLVS_LEFT_OUT)
         self.log_dropped = at(LOG_DROPPED)
+        self.log_failing = {cause: at(LOG_FAILING, cause.value) for cause in LogFailure}

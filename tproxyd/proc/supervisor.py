@@ -38,13 +38,14 @@ from tproxyd import __version__
 from tproxyd.config import Config
 from tproxyd.errors import ConfigError, KernelError, Problem, TproxydError
 from tproxyd.proc import counters, status, systemd, upgrade
+from tproxyd.proc.accesslog import FOLLOW_EVERY_S, AccessLog, Losses
 from tproxyd.proc.ask import Answer, Request
 from tproxyd.proc.commands import Handler
 from tproxyd.proc.endpoints import Endpoints
 from tproxyd.proc.generation import Generation, ending_of, kill_hung
 from tproxyd.proc.reconciler import Reconciler, State, load_to_install
 from tproxyd.proc.sockets import Listening, Sockets
-from tproxyd.proc.startup import age_ms, log_to_stderr, open_access_log, raise_file_limit
+from tproxyd.proc.startup import age_ms, log_to_stderr, raise_file_limit
 from tproxyd.proc.upstreams import FIRST_S
 from tproxyd.proc.watchdog import Watchdog
 
@@ -88,6 +89,7 @@ class Supervisor:
         self._born = 0
         self._retired: dict[Generation, asyncio.Task[None]] = {}
         self._totals = counters.Totals()
+        self._losses = Losses()
         self._restarts = 0  # of workers of generations that are gone
         self._endpoints: Endpoints | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -113,6 +115,8 @@ class Supervisor:
         if self._command is None:
             self._loop.add_signal_handler(signal.SIGHUP, self._begin, self.reload)
             self._loop.add_signal_handler(signal.SIGUSR2, self._begin, self.upgrade)
+            # Those of `exec` are CMD's; a file that moves is noticed by itself, too.
+            self._loop.add_signal_handler(signal.SIGUSR1, self._reopen_logs)
         self._loop.add_signal_handler(signal.SIGCHLD, self._reap)
         self._reap()  # the reconciler may have ended before there was a handler
         try:
@@ -126,9 +130,10 @@ class Supervisor:
         finally:
             await self._end()
             # A signal that came while the loop closes would be written to a closed wake-up socket.
-            for number in (*signals, signal.SIGHUP, signal.SIGUSR2, signal.SIGCHLD):
+            ours = (*signals, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+            for number in (*ours, signal.SIGCHLD):
                 self._loop.remove_signal_handler(number)
-            for number in (*signals, signal.SIGHUP, signal.SIGUSR2):
+            for number in ours:
                 signal.signal(number, signal.SIG_IGN)
 
     # Start --------------------------------------------------------------------------------------
@@ -161,6 +166,7 @@ class Supervisor:
         systemd.notify("READY=1", "STATUS=Serving")
         log.info("ready in %d ms", age_ms())
         self._tasks.append(self._loop.create_task(self._watch_kernel()))
+        self._tasks.append(self._loop.create_task(self._watch_logs()))
         self._tasks.append(self._loop.create_task(self._watchdog.run()))
         if self._command is not None:
             for _ in range(3):  # a signal that came before is heard first: wake-up, reader, handler
@@ -170,13 +176,12 @@ class Supervisor:
 
     def _beget(self, config: Config) -> Generation:
         """A generation for this configuration, with its sockets; no worker yet. KernelError."""
-        access_log = open_access_log(config.log.access)
+        access_log = AccessLog(config.log.access)
         try:
             slots = config.workers or len(os.sched_getaffinity(0))
             listeners = self._sockets.assign(config, slots)
         except BaseException:
-            if access_log is not None and access_log > 2:
-                os.close(access_log)
+            access_log.close()
             raise
         self._born += 1
         generation = Generation(
@@ -213,6 +218,19 @@ class Supervisor:
         while True:
             await self._kernel.check()
             await asyncio.sleep(CHECK_EVERY_S)
+
+    async def _watch_logs(self) -> None:
+        while True:
+            await asyncio.sleep(FOLLOW_EVERY_S)
+            for generation in self._generations():
+                generation.access_log.follow()
+            self._losses.look(self._totals.samples())
+            for handler in logging.getLogger().handlers:
+                handler.flush()  # what the reader of our own log had not taken
+
+    def _reopen_logs(self) -> None:
+        for generation in self._generations():
+            generation.access_log.reopen()
 
     # Changes ------------------------------------------------------------------------------------
 
@@ -421,6 +439,8 @@ class Supervisor:
             except KernelError as error:
                 log.error("%s", error)
         await self._end_workers()
+        if self._generation is not None:
+            self._losses.end(self._totals.samples())
         if installed:
             try:
                 await self._kernel.clean()
@@ -542,7 +562,7 @@ def serve(
     keep_sockets: bool = False,
 ) -> None:
     """`tproxyd run` and `exec`: returns when stopped by a signal, or by the end of the command."""
-    log_to_stderr()
+    log_to_stderr(config.log.daemon_format)
     inheritance = upgrade.Inheritance()
     kernel = Reconciler(config)
     kernel.fork(load_to_install if install else None)
