@@ -20,6 +20,7 @@ from tproxyd.flow.tally import (
     FALLBACKS,
     HEADERS,
     LOG_DROPPED,
+    MOVED,
     PORT_RETRIES,
     RETRIES,
     SOURCE_FALLBACKS,
@@ -73,6 +74,7 @@ class Cells:
         )
         self.received = at(BYTES, "received")
         self.sent = at(BYTES, "sent")
+        self.moved = at(MOVED, "received"), at(MOVED, "sent")
         self.headers = {
             (version, result): at(HEADERS, version, result.value)
             for version in ("1", "2", "-")

@@ -29,16 +29,22 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from enum import StrEnum
+from functools import partial
 from typing import TYPE_CHECKING
 
 from tproxyd import __version__
 from tproxyd.config import Config, PerClient
 from tproxyd.errors import KernelError
 from tproxyd.flow.tally import ACTIVE, Layout
-from tproxyd.proc import admin, child, counters, status, systemd
+from tproxyd.proc import admin, child, connections, counters, pages, status, systemd
+from tproxyd.proc.ask import name_of
 from tproxyd.proc.clients import ClientTables
+from tproxyd.proc.commands import CommandServer
+from tproxyd.proc.connections import Connections
 from tproxyd.proc.control import Control
+from tproxyd.proc.history import History, HistoryPart
 from tproxyd.proc.reconciler import Reconciler, State, load_to_install
+from tproxyd.proc.rows import Listing, Sort
 from tproxyd.proc.startup import age_ms, log_to_stderr, open_access_log, raise_file_limit
 from tproxyd.proc.upstreams import FIRST_S, Upstreams
 
@@ -112,6 +118,11 @@ class Supervisor:
         self._clients: ClientTables | None = None
         self._access_log: int | None = None
         self._admin: admin.Server | None = None
+        self._live = Connections(lambda: [(slot.pid, slot.say) for slot in self._slots if slot.pid])
+        self._history = History(self._counted)
+        self._commands = CommandServer(
+            name_of(config), {"get": partial(pages.get, self), "kill": self._live.on_kill}
+        )
         self._tasks: list[asyncio.Task[None]] = []
         self._restarts = 0
         self._ready = False
@@ -158,6 +169,11 @@ class Supervisor:
         if self._config.admin is not None:
             sock = admin.open_socket(self._config.admin)
             self._admin = await admin.Server.start(sock, self)
+        try:
+            await self._commands.start()
+        except KernelError as error:  # it is no reason not to serve
+            log.error("%s", error)
+        self._tasks.append(self._loop.create_task(self._history.run()))
         # Who would serve clients has to know where to.
         await _first_of(FIRST_S, self._upstreams.known, self._stop)
         if self._stop.is_set():
@@ -251,6 +267,8 @@ class Supervisor:
                 log.info("worker %d is ready again, pid %d", slot.number, slot.pid)
             if all(each.state is SlotState.READY for each in self._slots):
                 self._settle_start(None)
+        elif words.startswith(connections.WORD):
+            self._live.heard(slot.pid, words)
         elif words.startswith("failed: "):
             slot.last_words = words.removeprefix("failed: ").strip()
 
@@ -278,6 +296,7 @@ class Supervisor:
             slot.control.read()  # its last words
             slot.control.close()
             slot.control = None
+        self._live.gone(slot.pid)
         self._page.reset_gauges(slot.number)
         if self._clients is not None:
             self._clients.reset(slot.number)
@@ -349,6 +368,7 @@ class Supervisor:
         self._kernel.close()
         if self._admin is not None:
             await self._admin.close()
+        await self._commands.finish()
         if failure is not None:
             raise failure
         if self._stop.is_set():
@@ -378,7 +398,7 @@ class Supervisor:
         if not any(slot.pid for slot in self._slots):
             self._gone.set()
 
-    # What the admin endpoint asks (admin.Provider) ----------------------------------------------
+    # What the admin endpoint asks (pages.Provider) ----------------------------------------------
 
     async def unready(self) -> list[str]:
         if self._ending:
@@ -399,7 +419,7 @@ class Supervisor:
     async def status(self) -> status.Snapshot:
         reasons = await self.unready()
         verdict, now = self._kernel.verdict, time.monotonic()
-        counted = counters.samples(self._page.layout.cells, self._page.sums())
+        counted = self._counted()
         return {
             "version": __version__,
             "pid": os.getpid(),
@@ -421,6 +441,7 @@ class Supervisor:
                 for slot in self._slots
             ],
             "connections": status.connections_part(counted),
+            "rates": self._history.rates(),
             "counters": status.counters_part(counted),
             "kernel": {
                 "state": verdict.state,
@@ -429,6 +450,15 @@ class Supervisor:
                 "checked_s_ago": (round(now - verdict.read_at, 1) if verdict.read_at > 0 else None),
             },
         }
+
+    def _counted(self) -> dict[str, counters.Samples]:
+        return counters.samples(self._page.layout.cells, self._page.sums())
+
+    async def open_connections(self, sort: Sort, limit: int) -> Listing:
+        return await self._live.listing(sort, limit)
+
+    def past(self, after: int) -> HistoryPart:
+        return self._history.part(after)
 
     def metrics(self) -> tuple[bytes, str]:
         ready = sum(slot.state is SlotState.READY for slot in self._slots)

@@ -53,6 +53,7 @@ from tproxyd.proc import privileges
 from tproxyd.proc.cells import Cells, Counting
 from tproxyd.proc.clients import ClientTables
 from tproxyd.proc.control import MAX_WORD
+from tproxyd.proc.lister import Lister, Meter
 
 log = logging.getLogger(__name__)
 
@@ -157,6 +158,8 @@ class Worker(Sockets, Counting):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         spec.control.setblocking(False)
+        self._lister = Lister(self.engine, loop, spec.control)
+        self._meter = Meter(self.engine, self._row, self._cells, loop)
         loop.add_reader(spec.control.fileno(), self._on_control)
 
     def _lane(self, index: int) -> Lane:
@@ -184,6 +187,7 @@ class Worker(Sockets, Counting):
         return host[0] == "/" or self._kinds.kind(host) == "own"
 
     def finish(self) -> None:
+        self._meter.count()
         if self._log is not None:
             self._log.flush()
         self.engine.close()
@@ -241,6 +245,8 @@ class Worker(Sockets, Counting):
             return
         except OSError:
             data = b""
+        if self._lister.hears(data):
+            return
         if data.startswith(_UPSTREAMS):
             for index, upstreams in json.loads(data.removeprefix(_UPSTREAMS)).items():
                 cluster = self._lanes[int(index)].cluster
