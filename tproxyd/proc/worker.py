@@ -53,6 +53,7 @@ from tproxyd.proc import privileges, watchdog
 from tproxyd.proc.cells import Cells, Counting
 from tproxyd.proc.clients import ClientTables
 from tproxyd.proc.control import MAX_WORD
+from tproxyd.proc.lister import Lister, Meter
 from tproxyd.proc.workerlog import WorkerLog
 
 log = logging.getLogger(__name__)
@@ -155,6 +156,8 @@ class Worker(Sockets, Counting):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         spec.control.setblocking(False)
+        self._lister = Lister(self.engine, loop, spec.control)
+        self._meter = Meter(self.engine, self._row, self._cells, loop)
         loop.add_reader(spec.control.fileno(), self._on_control)
 
     def _lane(self, index: int) -> Lane:
@@ -182,6 +185,7 @@ class Worker(Sockets, Counting):
         return host[0] == "/" or self._kinds.kind(host) == "own"
 
     def finish(self) -> None:
+        self._meter.count()
         self._log.close()
         self.engine.close()
         self._kinds.close()
@@ -256,6 +260,8 @@ class Worker(Sockets, Counting):
             # A supervisor that does not read hangs itself, and needs no answer.
             with contextlib.suppress(OSError):
                 self._spec.control.send(self._pulse())
+            return
+        if self._lister.hears(data):
             return
         verb, *words = data.decode().split(" ", 1)
         if verb == "log\n":
