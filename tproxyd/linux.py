@@ -207,6 +207,21 @@ def rtt_and_retransmits(sock: HasOptions) -> tuple[int, int]:
 _RTT_AND_RETRANSMITS = struct.Struct("=68xI28xI").unpack  # tcpi_rtt, tcpi_total_retrans
 
 
+def waiting_clients(listening: socket.socket) -> int:
+    """How many connections wait in its accept queue; 0 once it listens no more.
+
+    Of a listening socket TCP_INFO tells sk_ack_backlog as tcpi_unacked (net/ipv4/tcp.c,
+    tcp_get_info); any other state has another meaning for that field.
+    """
+    info = listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_SIZE)
+    state, unacked = _STATE_AND_UNACKED(info)
+    return unacked if state == _TCP_LISTEN else 0
+
+
+_STATE_AND_UNACKED = struct.Struct("=B23xI76x").unpack
+_TCP_LISTEN = 10  # include/net/tcp_states.h
+
+
 class TupleLookup:
     """Asks the kernel which TCP socket holds a 4-tuple (sock_diag, one exact look-up).
 

@@ -48,6 +48,7 @@ _FLAGS = {
     CloseReason.UPSTREAM_TIMEOUT: "UF",
     CloseReason.NO_SOURCE_PORT: "UF",
     CloseReason.DRAIN_TIMEOUT: "LR",
+    CloseReason.KILLED: "LR",
     CloseReason.INTERNAL: "LR",
 }
 assert _FLAGS.keys() == set(CloseReason)

@@ -47,6 +47,12 @@ BYTES = Metric(
     "Payload bytes: received from downstream, sent to downstream. Added when a connection ends.",
     ("direction",),
 )
+MOVED = Metric(
+    "tproxyd_bytes_moved",
+    Kind.COUNTER,
+    "Payload bytes, those of connections that are still open too; added once a second.",
+    ("direction",),
+)
 HEADERS = Metric(
     "tproxyd_proxy_headers",
     Kind.COUNTER,
@@ -104,6 +110,7 @@ METRICS = (
     CONNECTIONS,
     ACTIVE,
     BYTES,
+    MOVED,
     HEADERS,
     CONNECT_SECONDS,
     PORT_RETRIES,
@@ -194,6 +201,7 @@ def _cells(listeners: Iterable[str]) -> Iterator[Cell]:
             yield Cell(CONNECTIONS, (name, reason.value))
     for direction in ("received", "sent"):
         yield Cell(BYTES, (direction,))
+        yield Cell(MOVED, (direction,))
     for version in ("1", "2", "-"):  # "-": none was recognised
         for result in HeaderResult:
             yield Cell(HEADERS, (version, result.value))

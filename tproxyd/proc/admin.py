@@ -1,32 +1,29 @@
-"""The admin endpoint: /livez, /readyz, /metrics and /status over HTTP/1.1, read-only.
+"""The admin endpoint: HTTP/1.1, read-only; what is at which path, proc/pages.py says.
 
-For probes, Prometheus and `tproxyd status`. It runs in the supervisor's loop and so must never
-hurt it: a request is a head of at most 8 KiB, sent within 5 seconds, on one of at most 64
-connections (the next is closed at once), answered once and closed; whatever goes wrong ends that
-connection and nothing else.
+For probes, Prometheus, `tproxyd status` and browsers. It runs in the supervisor's loop and so must
+never hurt it: a request is a head of at most 8 KiB, sent within 5 seconds, on one of at most 64
+connections, answered once and closed; whatever goes wrong ends that connection and nothing else.
+
+Where all 64 are taken, it is the one that has been idle for longest that goes, and the newcomer is
+served: clients that open connections and say nothing must not keep out a kubelet, which would
+restart a container whose /livez does not answer. A probe sends its head at once, and is answered
+before the 64th behind it is accepted (ACCEPT_AT_ONCE).
+
 No TLS and no authentication: it listens on 127.0.0.1 unless told otherwise, and changes nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import socket
-from collections.abc import Mapping
-from typing import Protocol
 
 from tproxyd.addr import Endpoint
 from tproxyd.errors import KernelError
+from tproxyd.proc.pages import Found, Provider, find
 
 log = logging.getLogger("tproxyd")
 
-PATHS = {
-    "/livez": "200 while the supervisor runs",
-    "/readyz": "200 when every worker accepts and the kernel state is as configured, else 503",
-    "/metrics": "for Prometheus",
-    "/status": "everything at once, as JSON",
-}
 # What Apache and nginx allow one line of a request; a probe's whole head has 200 bytes.
 MAX_HEAD = 8192
 # For the head to arrive, and again for the answer to be taken. Kubernetes gives up after 1 s,
@@ -35,23 +32,15 @@ HEAD_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 5.0
 # Far more than probes and scrapers ever hold open at once; 64 heads are 512 KiB.
 MAX_CONNECTIONS = 64
+# In one turn of the loop; asyncio's streams take four turns from an accepted connection to the head
+# that waits on it, so that half of MAX_CONNECTIONS are newer than a probe when it is read.
+ACCEPT_AT_ONCE = 8
+# A probe whose SYN finds no room comes again a second later, when kubelet has given up.
+BACKLOG = 1024
 
 _END = b"\r\n\r\n"
 _REASONS = {200: "OK", 400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed"}
 _REASONS |= {500: "Internal Server Error", 503: "Service Unavailable"}
-
-
-class Provider(Protocol):
-    """Who knows the answers; the supervisor."""
-
-    async def unready(self) -> list[str]:
-        """Why this daemon is not ready, a sentence each; empty when it is."""
-
-    async def status(self) -> Mapping[str, object]:
-        """What /status shows."""
-
-    def metrics(self) -> tuple[bytes, str]:
-        """The body of /metrics and its content type."""
 
 
 def open_socket(where: Endpoint) -> socket.socket:
@@ -63,7 +52,7 @@ def open_socket(where: Endpoint) -> socket.socket:
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(where)
-        sock.listen(MAX_CONNECTIONS)
+        sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
         raise KernelError(
@@ -79,14 +68,19 @@ class Server:
 
     def __init__(self, provider: Provider) -> None:
         self._provider = provider
-        self._connections: set[asyncio.Task[None]] = set()
+        # The oldest first: those whose turn it is to say something, and those being answered.
+        self._idle: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
+        self._busy: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
 
     @classmethod
     async def start(cls, sock: socket.socket, provider: Provider) -> Server:
         server = cls(provider)
         # readuntil() compares its limit with what stands before the blank line.
         limit = MAX_HEAD - len(_END)
-        server._server = await asyncio.start_server(server._accepted, sock=sock, limit=limit)
+        server._server = await asyncio.start_server(
+            server._accepted, sock=sock, limit=limit, backlog=ACCEPT_AT_ONCE
+        )
+        sock.listen(BACKLOG)  # asyncio has one number for both, and has just set the smaller one
         return server
 
     _server: asyncio.Server
@@ -94,25 +88,39 @@ class Server:
     async def close(self) -> None:
         """Stop listening; answers under way get no further."""
         self._server.close()
-        for task in self._connections:
+        tasks = [*self._idle, *self._busy]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._connections, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def _accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if len(self._connections) >= MAX_CONNECTIONS:
-            writer.transport.abort()
-            return
+        if len(self._idle) + len(self._busy) >= MAX_CONNECTIONS:
+            self._drop(next(iter(self._idle or self._busy)))
         task = asyncio.get_running_loop().create_task(self._serve(reader, writer))
-        self._connections.add(task)
-        task.add_done_callback(self._connections.discard)
+        self._idle[task] = writer
+        task.add_done_callback(self._forget)
+
+    def _drop(self, task: asyncio.Task[None]) -> None:
+        """End it at once. A task that has not begun yet would never come to its `finally`."""
+        task.cancel()
+        if (writer := self._forget(task)) is not None:
+            writer.transport.abort()
+
+    def _forget(self, task: asyncio.Task[None]) -> asyncio.StreamWriter | None:
+        return self._idle.pop(task, None) or self._busy.pop(task, None)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
         try:
-            answer = await self._answer(reader)
+            head = await _read_head(reader)
+            self._busy[task] = self._idle.pop(task)
+            answer = await self._answer(head)
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
                 writer.write(answer)
                 await writer.drain()
                 writer.write_eof()
+                self._idle[task] = self._busy.pop(task)
                 # A close over bytes that nobody read is a reset, which overtakes the answer.
                 while await reader.read(MAX_HEAD):
                     pass
@@ -121,11 +129,8 @@ class Server:
         finally:
             writer.transport.abort()
 
-    async def _answer(self, reader: asyncio.StreamReader) -> bytes:
-        try:
-            async with asyncio.timeout(HEAD_TIMEOUT_S):
-                head = await reader.readuntil(_END)
-        except asyncio.LimitOverrunError:
+    async def _answer(self, head: bytes | None) -> bytes:
+        if head is None:
             return _plain(400, f"the head of a request may have {MAX_HEAD} bytes here")
         match head.split(b"\r\n", 1)[0].split(b" "):
             case [method, target, b"HTTP/1.0" | b"HTTP/1.1"] if target.startswith(b"/"):
@@ -135,37 +140,29 @@ class Server:
         if method not in (b"GET", b"HEAD"):
             return _plain(405, "only GET and HEAD are answered here", "Allow: GET, HEAD\r\n")
         try:
-            answer = await self._route(target.split(b"?", 1)[0].decode("latin-1"))
+            answer = _response(await find(self._provider, target.decode("latin-1")))
         except Exception:
             log.exception("the admin endpoint could not answer %r; this is a bug", target)
             answer = _plain(500, "this is a bug; the log of tproxyd says more")
         return answer.partition(_END)[0] + _END if method == b"HEAD" else answer
 
-    async def _route(self, path: str) -> bytes:
-        match path:
-            case "/livez":
-                return _plain(200, "ok")
-            case "/readyz":
-                reasons = await self._provider.unready()
-                return _plain(503, "\n".join(reasons)) if reasons else _plain(200, "ok")
-            case "/metrics":
-                body, kind = self._provider.metrics()
-                return _response(200, kind, body)
-            case "/status":
-                text = json.dumps(await self._provider.status(), indent=2) + "\n"
-                return _response(200, "application/json", text.encode())
-            case _:
-                known = "".join(f"\n  {each:<9} {what}" for each, what in PATHS.items())
-                return _plain(404, f"there is nothing at this path; there is:{known}")
+
+async def _read_head(reader: asyncio.StreamReader) -> bytes | None:
+    """None when it is too long."""
+    try:
+        async with asyncio.timeout(HEAD_TIMEOUT_S):
+            return await reader.readuntil(_END)
+    except asyncio.LimitOverrunError:
+        return None
 
 
 def _plain(code: int, text: str, headers: str = "") -> bytes:
-    return _response(code, "text/plain; charset=utf-8", f"{text}\n".encode(), headers)
+    return _response(Found(code, f"{text}\n".encode(), headers=headers))
 
 
-def _response(code: int, kind: str, body: bytes, headers: str = "") -> bytes:
+def _response(found: Found) -> bytes:
     head = (
-        f"HTTP/1.1 {code} {_REASONS[code]}\r\nContent-Type: {kind}\r\n"
-        f"Content-Length: {len(body)}\r\nConnection: close\r\n{headers}\r\n"
+        f"HTTP/1.1 {found.code} {_REASONS[found.code]}\r\nContent-Type: {found.kind}\r\n"
+        f"Content-Length: {len(found.body)}\r\nConnection: close\r\n{found.headers}\r\n"
     )
-    return head.encode() + body
+    return head.encode() + found.body

@@ -21,6 +21,7 @@ from tproxyd.flow.tally import (
     HEADERS,
     LOG_DROPPED,
     LOG_FAILING,
+    MOVED,
     PORT_RETRIES,
     RETRIES,
     SOURCE_FALLBACKS,
@@ -77,8 +78,10 @@ class Cells:
             {reason: at(CONNECTIONS, name, reason.value) for reason in CloseReason}
             for name in names
         )
+        self.taken = (*self.active, *(cell for each in self.ended for cell in each.values()))
         self.received = at(BYTES, "received")
         self.sent = at(BYTES, "sent")
+        self.moved = at(MOVED, "received"), at(MOVED, "sent")
         self.headers = {
             (version, result): at(HEADERS, version, result.value)
             for version in ("1", "2", "-")

@@ -47,7 +47,7 @@ class Control:
         """Everything that it has said up to now."""
         while self._sock is not None:
             try:
-                words = self._sock.recv(4096).decode(errors="replace")
+                words = self._sock.recv(MAX_WORD).decode(errors="replace")
             except BlockingIOError:
                 return
             except OSError:

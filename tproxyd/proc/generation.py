@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 from tproxyd.config import Config, PerClient
 from tproxyd.errors import KernelError
 from tproxyd.flow.tally import ACTIVE, Layout
-from tproxyd.proc import child, counters
+from tproxyd.proc import child, counters, watchdog
 from tproxyd.proc.accesslog import AccessLog
 from tproxyd.proc.clients import ClientTables
 from tproxyd.proc.control import Control
@@ -90,8 +90,12 @@ class Generation:
         listeners: list[Listeners],
         access_log: AccessLog,
         files: int,
+        heard: Callable[[int, str], bool],
     ) -> None:
-        """`listeners` of each slot; `access_log` is its own; `files` a process may have open."""
+        """`listeners` of each slot; `access_log` is its own; `files` a process may have open.
+
+        `heard` gets the pid and each word of a worker's first, and says whether it was for others.
+        """
         access_log.tell = self.tell
         self.access_log = access_log
         self.number, self.config = number, config
@@ -101,7 +105,7 @@ class Generation:
         self.restarts = 0
         self.leaving = False
         self.gone = asyncio.Event()  # leaving, and no worker is left
-        self._worker = worker
+        self._worker, self._others_heard = worker, heard
         self._clients: ClientTables | None = None
         if any(each.per_client != PerClient() for each in config.listeners):
             self._clients = ClientTables(len(listeners), files // 2)
@@ -171,6 +175,8 @@ class Generation:
         slot.state = SlotState.STARTING
 
     def _heard(self, slot: Slot, words: str) -> None:
+        if self._others_heard(slot.pid, words):
+            return
         if words == "ready\n":
             if slot.state is SlotState.STARTING:
                 slot.state = SlotState.READY
@@ -282,8 +288,8 @@ class Generation:
             if slot.state is not SlotState.READY:
                 yield f"worker {slot.number} is {slot.state}"
 
-    def workers_ready(self) -> int:
-        return sum(slot.state is SlotState.READY for slot in self.slots)
+    def ready(self) -> list[Slot]:
+        return [slot for slot in self.slots if slot.state is SlotState.READY]
 
     def families(self, index: int) -> list[str]:
         """Of one listener."""
@@ -294,6 +300,13 @@ class Generation:
     def active(self, slot: Slot) -> int:
         """The connections that it has open."""
         return self.page.get(slot.number, ACTIVE)
+
+
+def kill_hung(worker: watchdog.Worker, why: str) -> None:
+    """The watchdog gave it up. Its connections are lost; its queue is served by the next one."""
+    log.error("worker %d (pid %d) %s: killed", worker.number, worker.pid, why)
+    with suppress(ProcessLookupError):
+        os.kill(worker.pid, signal.SIGKILL)
 
 
 async def first_of(seconds: float, *events: asyncio.Event) -> None:

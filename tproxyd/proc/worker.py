@@ -49,10 +49,11 @@ from tproxyd.linux import (
     reset_on_close,
     rtt_and_retransmits,
 )
-from tproxyd.proc import privileges
+from tproxyd.proc import privileges, watchdog
 from tproxyd.proc.cells import Cells, Counting
 from tproxyd.proc.clients import ClientTables
 from tproxyd.proc.control import MAX_WORD
+from tproxyd.proc.lister import Lister, Meter
 from tproxyd.proc.workerlog import WorkerLog
 
 log = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ _RETRY_ACCEPT_S = 0.1
 # And where it was the upstream's: behind clients that ask for theirs every tenth of a second, and a
 # tick of their timers.
 _STAND_BACK_S = 0.2
+_PING = f"{watchdog.PING}\n".encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +156,8 @@ class Worker(Sockets, Counting):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         spec.control.setblocking(False)
+        self._lister = Lister(self.engine, loop, spec.control)
+        self._meter = Meter(self.engine, self._row, self._cells, loop)
         loop.add_reader(spec.control.fileno(), self._on_control)
 
     def _lane(self, index: int) -> Lane:
@@ -181,6 +185,7 @@ class Worker(Sockets, Counting):
         return host[0] == "/" or self._kinds.kind(host) == "own"
 
     def finish(self) -> None:
+        self._meter.count()
         self._log.close()
         self.engine.close()
         self._kinds.close()
@@ -251,6 +256,13 @@ class Worker(Sockets, Counting):
             return
         except OSError:
             data = b""
+        if data == _PING:
+            # A supervisor that does not read hangs itself, and needs no answer.
+            with contextlib.suppress(OSError):
+                self._spec.control.send(self._pulse())
+            return
+        if self._lister.hears(data):
+            return
         verb, *words = data.decode().split(" ", 1)
         if verb == "log\n":
             self._log.use(fds)
@@ -269,6 +281,10 @@ class Worker(Sockets, Counting):
             self._drain(self._spec.config.drain_timeout_s, "stop", every, shut=bool(data))
             if verb == "cut\n":
                 self._cut("the stop was cut short")
+
+    def _pulse(self) -> bytes:
+        taken = sum(self._row[cell] for cell in self._cells.taken)
+        return f"{watchdog.answer(taken, self._listening)}\n".encode()
 
     def _drain(self, limit: float, why: str, gone: set[int], *, shut: bool = True) -> None:
         """Take no more connections, and leave when all are done, after `limit` seconds at most.

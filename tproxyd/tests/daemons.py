@@ -17,6 +17,7 @@ import select
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -27,7 +28,7 @@ from tproxyd.addr import Endpoint
 from tproxyd.config import Config, Listener, Log
 from tproxyd.errors import KernelError
 from tproxyd.flow.tally import ACTIVE, BYTES, Layout
-from tproxyd.proc import startup, supervisor
+from tproxyd.proc import startup, supervisor, watchdog
 from tproxyd.proc.reconciler import Kernel, Reconciler, Report, Verb
 from tproxyd.proc.run_command import Command
 from tproxyd.proc.worker import WorkerSpec
@@ -56,6 +57,15 @@ class OnLoopback:
 # Workers ------------------------------------------------------------------------------------------
 
 
+def hear(spec: WorkerSpec, taken: int = 0) -> str:
+    """The next word of the supervisor's, "" at its end; or "ping", which has been answered."""
+    word = spec.control.recv(10_000).decode().strip()
+    if word == watchdog.PING:
+        with suppress(BrokenPipeError):  # it was killed since
+            spec.control.send(f"{watchdog.answer(taken, accepting=True)}\n".encode())
+    return word
+
+
 def worker(spec: WorkerSpec) -> None:
     """Answers each connection with its pid, counting, until told to drain or left alone."""
     layout, row = Layout(spec.config), spec.rows[spec.slot]
@@ -64,7 +74,9 @@ def worker(spec: WorkerSpec) -> None:
     while True:
         readable, _, _ = select.select([spec.control, *sockets], (), ())
         if spec.control in readable:
-            word = spec.control.recv(100).decode().strip()
+            word = hear(spec, row[layout.index(ACTIVE, spec.config.listeners[0].name)])
+            if word == watchdog.PING:
+                continue
             say(f"worker {spec.slot} hears {word or 'nobody'}")
             return
         for sock in readable:
@@ -96,10 +108,18 @@ def ignores_drain(spec: WorkerSpec) -> None:
         signal.pause()
 
 
+def accepts_nothing(spec: WorkerSpec) -> None:
+    """Its loop runs; it says that it accepts, and does not."""
+    spec.control.send(b"ready\n")
+    while hear(spec):
+        pass
+
+
 def leaves_only_when_cut(spec: WorkerSpec) -> None:
     spec.control.send(b"ready\n")
-    while (word := spec.control.recv(100)) != b"cut\n":
-        say(f"worker {spec.slot} hears {word.decode().strip()}")
+    while (word := hear(spec)) != "cut":
+        if word != watchdog.PING:
+            say(f"worker {spec.slot} hears {word}")
 
 
 def sound_once(spec: WorkerSpec) -> None:
@@ -182,6 +202,55 @@ def drifts_while(sign: Path) -> Callable[[Config], Kernel]:
 
 def not_installed(_: Config) -> Kernel:
     return lambda _: Report((), (), ("add a table", "add a rule"), False, "x")
+
+
+# systemd ------------------------------------------------------------------------------------------
+
+
+class Systemd:
+    """What a daemon would tell systemd. `Daemon(before=systemd.adopt)` is one that does."""
+
+    def __init__(self, **environment: str) -> None:
+        self._scratch = tempfile.TemporaryDirectory(prefix="tproxyd-")  # a short path
+        self._path = f"{self._scratch.name}/notify"
+        self._environment = environment
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._sock.bind(self._path)
+        self._sock.settimeout(PATIENCE_S)
+
+    def adopt(self) -> None:
+        os.environ.update(self._environment, NOTIFY_SOCKET=self._path)
+        os.environ.pop("WATCHDOG_PID", None)
+
+    def hear(self) -> str:
+        return self._sock.recv(1000).decode()
+
+    def wait_for(self, word: str) -> None:
+        """A new message that begins so."""
+        self._forget()
+        while not self.hear().startswith(word):
+            pass
+
+    def wait_silence(self, seconds: float) -> None:
+        """Nothing was said for so long; what came before does not count."""
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            self._forget()
+            readable, _, _ = select.select([self._sock], (), (), seconds)
+            if not readable:
+                return
+            assert time.monotonic() < deadline, "it does not fall silent"
+
+    def _forget(self) -> None:
+        while select.select([self._sock], (), (), 0)[0]:
+            self.hear()
+
+    def __enter__(self) -> Systemd:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._sock.close()
+        self._scratch.cleanup()
 
 
 # A daemon -----------------------------------------------------------------------------------------

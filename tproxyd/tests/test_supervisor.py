@@ -9,18 +9,19 @@ import resource
 import signal
 import socket
 import time
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from tproxyd.addr import Endpoint
 from tproxyd.config import Log
-from tproxyd.proc import generation, reconciler
+from tproxyd.proc import generation, reconciler, watchdog
 from tproxyd.tests.daemons import (
     PATIENCE_S,
     PR_SET_CHILD_SUBREAPER,
     Daemon,
+    Systemd,
+    accepts_nothing,
     crashes_at_start,
     ignores_drain,
     leaves_an_orphan,
@@ -92,23 +93,16 @@ def test_a_stop_during_the_start_is_a_stop() -> None:
 
 
 def test_systemd_is_told() -> None:
-    path = f"/tmp/tproxyd-test-{os.getpid()}"
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd, ExitStack() as stack:
-        systemd.bind(path)
-        stack.callback(os.unlink, path)
-        systemd.settimeout(PATIENCE_S)
-
-        def under_systemd() -> None:
-            os.environ.update(NOTIFY_SOCKET=path, WATCHDOG_USEC="20000")
-            os.environ.pop("WATCHDOG_PID", None)
-
-        with Daemon(install=True, before=under_systemd) as daemon:
-            assert systemd.recv(1000) == b"READY=1\nSTATUS=Serving"
-            daemon.wait_line("kernel: install")  # it was written before READY=1 was sent
-            assert systemd.recv(1000) == systemd.recv(1000) == b"WATCHDOG=1"
-            daemon.signal(signal.SIGTERM)
-            said = iter(lambda: systemd.recv(1000), b"STOPPING=1\nSTATUS=Draining")
-            assert set(said) <= {b"WATCHDOG=1"}
+    with (
+        Systemd(WATCHDOG_USEC="20000") as systemd,
+        Daemon(install=True, before=systemd.adopt) as daemon,
+    ):
+        assert systemd.hear() == "READY=1\nSTATUS=Serving"
+        daemon.wait_line("kernel: install")  # it was written before READY=1 was sent
+        assert systemd.hear() == systemd.hear() == "WATCHDOG=1"
+        daemon.signal(signal.SIGTERM)
+        said = iter(systemd.hear, "STOPPING=1\nSTATUS=Draining")
+        assert set(said) <= {"WATCHDOG=1"}
 
 
 # What can't start ---------------------------------------------------------------------------------
@@ -249,6 +243,50 @@ def test_children_outlive_neither_the_supervisor_nor_ctrl_c() -> None:
         daemon.signal(signal.SIGKILL)
         said = daemon.rest()  # to the end: every process has gone
         assert {"worker 0 hears nobody", "worker 1 hears nobody"} <= set(said)
+
+
+# Workers that hang --------------------------------------------------------------------------------
+
+
+def test_a_worker_that_does_not_answer_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    _quick_watchdog(monkeypatch)
+    with Daemon() as daemon:
+        daemon.wait_ready()
+        hung = daemon.ask()
+        os.kill(hung, signal.SIGSTOP)
+        with daemon.connect() as waiting:
+            daemon.wait_line(rf"worker 0 \(pid {hung}\) does not answer for \d+ s: killed")
+            daemon.wait_line("worker 0 is ready again")
+            assert int(waiting.recv(100)) != hung  # its queue is the next one's
+
+
+def test_a_worker_that_answers_but_accepts_nothing_is_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _quick_watchdog(monkeypatch)
+    with Daemon(accepts_nothing) as daemon:
+        daemon.wait_ready()
+        with daemon.connect():
+            daemon.wait_line(r"worker 0 \(pid \d+\) takes none of 1 waiting clients for .*: killed")
+            daemon.wait_line("worker 0 is ready again")
+
+
+def test_systemd_is_fed_only_while_a_worker_accepts(monkeypatch: pytest.MonkeyPatch) -> None:
+    _quick_watchdog(monkeypatch)
+    monkeypatch.setattr(watchdog, "SILENCE_S", PATIENCE_S)  # nobody is replaced here
+    with Systemd(WATCHDOG_USEC="20000") as systemd, Daemon(before=systemd.adopt) as daemon:
+        daemon.wait_ready()
+        systemd.wait_for("WATCHDOG=1")
+        worker = daemon.ask()
+        os.kill(worker, signal.SIGSTOP)
+        systemd.wait_silence(watchdog.PROOF_S * 2)
+        os.kill(worker, signal.SIGCONT)
+        systemd.wait_for("WATCHDOG=1")
+
+
+def _quick_watchdog(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("BEAT_S", 0.02), ("SILENCE_S", 0.3), ("PROOF_S", 0.2)):
+        monkeypatch.setattr(watchdog, name, value)
 
 
 # Workers that do not leave ------------------------------------------------------------------------

@@ -17,9 +17,9 @@ import pytest
 
 from tproxyd.addr import Endpoint
 from tproxyd.config import HealthCheck, Listener
-from tproxyd.proc import child, generation, prober, reconciler, supervisor, upstreams
+from tproxyd.proc import child, generation, prober, reconciler, supervisor, upstreams, watchdog
 from tproxyd.proc.worker import WorkerSpec
-from tproxyd.tests.daemons import PATIENCE_S, Daemon, free_port, say
+from tproxyd.tests.daemons import PATIENCE_S, Daemon, free_port, hear, say
 
 APP = Endpoint("app.example", 80)
 OFTEN = HealthCheck(interval_s=0.002, rise=2, fall=2)
@@ -62,15 +62,17 @@ def tells_upstreams(spec: WorkerSpec) -> None:
     shown = {i: [str(each) for each in some] for i, some in spec.upstreams.items()}
     say(f"worker {spec.slot} is born with {shown}")
     spec.control.send(b"ready\n")
-    while (word := spec.control.recv(10_000).decode()).startswith("upstreams "):
-        say(f"worker {spec.slot} hears {word.strip()}")
+    while (word := hear(spec)).startswith(("upstreams ", watchdog.PING)):
+        if word != watchdog.PING:
+            say(f"worker {spec.slot} hears {word}")
 
 
 def tells_upstreams_and_stays(spec: WorkerSpec) -> None:
     """The same, and leaves only when cut."""
     tells_upstreams(spec)
     say(f"worker {spec.slot} drains")
-    spec.control.recv(100)
+    while hear(spec) == watchdog.PING:
+        pass
 
 
 def daemon(

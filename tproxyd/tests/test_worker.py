@@ -450,6 +450,29 @@ def test_as_many_connections_as_there_are_files_for() -> None:
         assert it.drain() == 0
 
 
+def test_it_tells_the_supervisor_that_it_accepts_and_when_it_is_full() -> None:
+    listening = 2 if listen.has_ipv6() else 1
+    with running(config(proxy_protocol=SILENT), before=open_files(68 + listening)) as it:
+        it.ready()
+
+        def pong() -> str:
+            it.control.send(b"ping\n")
+            return it.control.recv(100).decode()
+
+        assert pong() == "pong 0 accepting\n"
+        with it.connect() as one:
+            it.until(ACTIVE, "inbound", value=1)
+            one.send(b"GET /")
+            refused(one)
+        it.until(ACTIVE, "inbound", value=0)
+        far = [it.connect() for _ in range(3)]
+        it.until(ACCEPT_PAUSES, value=1)
+        assert pong() == "pong 3 full\n"
+        for each in far:
+            each.close()
+        assert it.drain() == 0
+
+
 def test_out_of_files_before_that() -> None:
     """Other things may have used them up. Accepting pauses, does not spin, and goes on."""
     with running(config(proxy_protocol=SILENT), before=open_files(130, used=95)) as it:
