@@ -36,6 +36,11 @@ def private_kib(pids: list[int]) -> int:
     return total
 
 
+def address_space(pid: int) -> int:
+    """In bytes, used or not: what RLIMIT_AS is about."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def open_files(pids: list[int]) -> int:
     return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids)
 
