@@ -6,6 +6,7 @@ They need root (network namespaces, rules); without it every one of them is skip
 from __future__ import annotations
 
 import os
+import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,14 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `lib`
 
+from lib.figures import Figure, Told, fixture_of
 from lib.topology import V4, V6, Family, Topology
+
+MANY_FILES = 8200
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Told())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -23,6 +31,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if here in item.path.parents:
                 item.add_marker(pytest.mark.skip(reason="needs root; try: sudo scripts/test"))
+
+
+@pytest.fixture
+def figure(request: pytest.FixtureRequest) -> Figure:
+    """`figure("p99 3 ms")`: shown at the end of the run, under the name of the test."""
+    return fixture_of(request.node)
 
 
 @pytest.fixture
@@ -35,3 +49,14 @@ def net() -> Iterator[Topology]:
 def family(request: pytest.FixtureRequest) -> Family:
     chosen: Family = request.param
     return chosen
+
+
+@pytest.fixture
+def many_files() -> Iterator[None]:
+    """As many open files as may be: both ends of thousands of connections are ours."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < MANY_FILES:
+        pytest.skip(f"needs {MANY_FILES} open files, the hard limit is {hard}")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-import resource
-from collections.abc import Iterator
-
 import pytest
 from lib.daemon import Daemon
 from lib.topology import V4, Topology
 from lib.waits import wait_for
 
 COUNT = 4000
-
-
-@pytest.fixture
-def many_files() -> Iterator[None]:
-    """Both ends of every connection are ours."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard < 2 * COUNT + 200:
-        pytest.skip(f"needs {2 * COUNT + 200} open files, the hard limit is {hard}")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.usefixtures("many_files")

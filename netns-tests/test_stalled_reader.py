@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import socket
-from pathlib import Path
 
 import pytest
 from lib.daemon import Daemon
+from lib.processes import private_kib
 from lib.streams import Receiving, assert_talks, fill, pattern
 from lib.topology import Pair, Topology
 
@@ -14,16 +14,6 @@ from lib.topology import Pair, Topology
 # at each of the two connections; what the daemon itself holds is one buffer of 256 KiB.
 SIZE = 60_000_000
 GROWTH_KIB = 2048
-
-
-def memory_kib(pids: list[int]) -> int:
-    """Private resident memory of these processes."""
-    total = 0
-    for pid in pids:
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith(("Private_Clean:", "Private_Dirty:")):
-                total += int(line.split()[1])
-    return total
 
 
 @pytest.mark.parametrize("reader", ["application", "client"])
@@ -35,10 +25,10 @@ def test_stalled_reader(net: Topology, reader: str) -> None:
         pair = net.pair()
         sender, stalled = pair if reader == "application" else Pair(pair.app, pair.client)
         workers = daemon.workers()
-        before = memory_kib(workers)
+        before = private_kib(workers)
         sent = fill(sender, data)
         assert sent < SIZE * 2 // 3, "the sender was never held back"
-        assert memory_kib(workers) - before < GROWTH_KIB
+        assert private_kib(workers) - before < GROWTH_KIB
         assert_talks(warm)  # and nobody else waits for it
 
         received = Receiving(stalled)

@@ -1,6 +1,6 @@
 """The command line: verbs change state, nouns only read.
 
-    run exec install clean        rules check doctor status        istio-iptables
+    run exec install clean reload upgrade      rules check doctor status      istio-iptables
 
 The last one is Istio's tool of that name, with its flags, its messages and its exit codes
 (istio/run.py); who calls this program by that name gets it without saying so again.
@@ -20,13 +20,13 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from tproxyd import __version__, environment
 from tproxyd.addr import Endpoint
 from tproxyd.config import Backend, Config
-from tproxyd.configfile import parse
+from tproxyd.configfile import only_admin, parse
 from tproxyd.errors import ConfigError, KernelError, Problem, TproxydError, Unreachable
 
 if TYPE_CHECKING:
@@ -38,7 +38,11 @@ ISTIO_IPTABLES = "istio-iptables"
 FINE, FOUND, USAGE, REFUSED = 0, 1, 2, 3
 _INTERRUPTED, _PIPE_CLOSED = 128 + 2, 128 + 13  # as a shell reports SIGINT and SIGPIPE
 
+Parse = Callable[[str, str, Mapping[str, str]], Config]
+
 _STATUS_TIMEOUT_S = 5.0
+# A reload waits for names, workers and the kernel, an upgrade at most 30 s; for one before it, too.
+_CHANGE_TIMEOUT_S = 60.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -129,6 +133,8 @@ def _arguments() -> argparse.ArgumentParser:
             choices=[str(one) for one in Backend],
             help="instead of the one in the configuration",
         )
+    command(reload, "serve by the configuration as it is now; open connections live on")
+    command(upgrade, "hand over to a new process of the program, as it is installed now")
     command(clean, "remove all kernel state of tproxyd, whatever configuration made it")
     command(check, "check the configuration only")
     command(doctor, "find out why it does not work").add_argument("--json", action="store_true")
@@ -182,6 +188,26 @@ def exec(args: argparse.Namespace) -> int:
     except KernelError as error:
         return _failed(error, command.code if command.started else REFUSED)
     return command.code
+
+
+def reload(args: argparse.Namespace) -> int:
+    """The daemon reads its own file: ours only says which daemon, and may be what is wrong."""
+    from tproxyd.proc.ask import ask, the_one
+
+    try:
+        config = read_config(args.config, only_admin)
+    except ConfigError:
+        config = None
+    print(ask(the_one(config), {"verb": "reload"}, _CHANGE_TIMEOUT_S)["said"])
+    return FINE
+
+
+def upgrade(args: argparse.Namespace) -> int:
+    from tproxyd.proc.ask import ask, name_of
+
+    config = read_config(args.config)
+    print(ask(name_of(config), {"verb": "upgrade"}, _CHANGE_TIMEOUT_S)["said"])
+    return FINE
 
 
 def install(args: argparse.Namespace) -> int:
@@ -263,7 +289,7 @@ def status(args: argparse.Namespace) -> int:
 # What they share ---------------------------------------------------------------------------------
 
 
-def read_config(path: str | None) -> Config:
+def read_config(path: str | None, parse: Parse = parse) -> Config:
     """The Config in the file that was asked for, or in the default one, or the defaults.
 
     A file that was named must be there; the default one may be absent, which is said. One that is

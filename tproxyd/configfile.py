@@ -68,6 +68,23 @@ def parse(text: str, origin: str, variables: Mapping[str, str] = NO_VARIABLES) -
     return config
 
 
+def only_admin(text: str, origin: str, variables: Mapping[str, str] = NO_VARIABLES) -> Config:
+    """A Config of the admin endpoint alone, whatever else is wrong; ConfigError if that is, too.
+
+    It says which daemon a file is of.
+    """
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(origin, (Problem("", f"not TOML: {error}"),)) from None
+    problems: list[Problem] = []
+    Overrides(variables).lay_over(data, [])
+    admin = _admin(Table("", {k: v for k, v in data.items() if k == "admin"}, problems), None)
+    if problems:
+        raise ConfigError(origin, tuple(problems))
+    return Config(admin=admin)
+
+
 def _config(t: Table) -> Config:
     d = Config()
     rules = t.table("rules")
@@ -99,7 +116,7 @@ def _config(t: Table) -> Config:
 
 
 def _admin(t: Table, default: Endpoint | None) -> Endpoint | None:
-    text = t.text("admin", str(default))
+    text = t.text("admin", str(Config().admin))
     if not text:
         return None
     try:

@@ -76,6 +76,7 @@ class Daemon:
         # Not pytest's tmp_path: a unix socket's path has 107 bytes, test names are long.
         self.scratch = Path(tempfile.mkdtemp(prefix="tproxyd-"))
         self.notified: list[str] = []
+        self.successors: list[int] = []  # supervisors that took over from it
 
     def __enter__(self) -> Daemon:
         try:
@@ -139,7 +140,8 @@ class Daemon:
     def _end(self) -> None:
         """Gone whatever happened; a daemon that a test did not stop itself need not drain."""
         if process := getattr(self, "process", None):
-            for pid in [*descendants(process.pid), process.pid]:
+            supervisors = [process.pid, *self.successors]
+            for pid in [pid for each in supervisors for pid in [*descendants(each), each]]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             process.wait()

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+from lib.netns import run
 from lib.waits import wait_for
 
 
@@ -23,6 +24,43 @@ def cpu_s(pid: int) -> float:
     """User and system time that a process has used."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def private_kib(pids: list[int]) -> int:
+    """Resident memory of these processes that they share with nobody."""
+    total = 0
+    for pid in pids:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith(("Private_Clean:", "Private_Dirty:")):
+                total += int(line.split()[1])
+    return total
+
+
+def open_files(pids: list[int]) -> int:
+    return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids)
+
+
+def soft_limit(pid: int, name: str) -> int:
+    """A resource limit of a process, by the name that /proc has for it ("Max open files")."""
+    for line in Path(f"/proc/{pid}/limits").read_text().splitlines():
+        if line.startswith(name):
+            return int(line.removeprefix(name).split()[0])
+    raise AssertionError(f"no limit {name}")
+
+
+def set_soft_limit(pid: int, name: str, value: int) -> None:
+    """A resource limit of a process that runs, by prlimit(1)'s name for it ("nofile", "as").
+
+    Set by the user that the process has become: one's own processes need no CAP_SYS_RESOURCE.
+    """
+    status = dict(line.split(":\t", 1) for line in _status(pid))
+    uid, gid = status["Uid"].split()[0], status["Gid"].split()[0]
+    who = ("setpriv", "--reuid", uid, "--regid", gid, "--clear-groups")
+    run(*who, "prlimit", "--pid", str(pid), f"--{name}={value}:")
+
+
+def _status(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/status").read_text().splitlines()
 
 
 def is_gone(pid: int) -> bool:

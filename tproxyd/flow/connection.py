@@ -135,7 +135,8 @@ def serve(
         if lane.cluster is None:
             here = listener.intercept.scope is Scope.LOCAL
             plan = planned(client, Upstream(life.dst), here, downstream, lane, life, world)
-            upstream = yield from dial(plan, began + listener.connect_timeout_s, world, bool(early))
+            deadline = began + listener.connect_timeout_s
+            upstream = yield from dial(plan, deadline, downstream, world, bool(early))
         else:
             upstream = yield from dial_one_of(
                 lane.cluster, client, downstream, lane, life, world, bool(early)
@@ -298,7 +299,7 @@ def dial_one_of(
                 raise PeerError(CloseReason.LOOP, f"the upstream {upstream} is our own listener")
             plan = planned(client, upstream, member.here, downstream, lane, life, world)
             deadline = world.now() + listener.connect_timeout_s
-            dialled = yield from dial(plan, deadline, world, speaks)
+            dialled = yield from dial(plan, deadline, downstream, world, speaks)
         except UpstreamError as failure:
             its_own = failure.reason in _ITS_FAILURES
             pause = cluster.failed(member, world.now(), its_own)

@@ -172,7 +172,7 @@ def _ip4(text: str) -> str:
     """`text`, if it is "exactly 4 integers in the range [0..255]", without leading zeroes (2.1)."""
     octets = text.split(".")
     if len(octets) != 4 or not _OCTETS.issuperset(octets):
-        raise Malformed(f"v1: {text!a} is not an IPv4 address as TCP4 needs it")
+        raise Malformed(f"v1: {_quoted(text)} is not an IPv4 address as TCP4 needs it")
     return text
 
 
@@ -187,7 +187,7 @@ def _ip6(text: str) -> str:
             return fold(text)
         except ValueError:
             pass
-    raise Malformed(f"v1: {text!a} is not an IPv6 address as TCP6 needs it")
+    raise Malformed(f"v1: {_quoted(text)} is not an IPv6 address as TCP6 needs it")
 
 
 def _port(text: str) -> int:
@@ -196,7 +196,13 @@ def _port(text: str) -> int:
         port = int(text)
         if port <= 0xFFFF:
             return port
-    raise Malformed(f"v1: {text!a} is not a port from 0 to 65535 without leading zeroes")
+    raise Malformed(f"v1: {_quoted(text)} is not a port from 0 to 65535 without leading zeroes")
+
+
+def _quoted(text: str) -> str:
+    """A wrong field for a log line: no longer than any right one, however it has to be escaped."""
+    shown = ascii(text)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
 
 # Version 2: binary.

@@ -2,8 +2,13 @@
 
 For probes, Prometheus and `tproxyd status`. It runs in the supervisor's loop and so must never
 hurt it: a request is a head of at most 8 KiB, sent within 5 seconds, on one of at most 64
-connections (the next is closed at once), answered once and closed; whatever goes wrong ends that
-connection and nothing else.
+connections, answered once and closed; whatever goes wrong ends that connection and nothing else.
+
+Where all 64 are taken, it is the one that has been idle for longest that goes, and the newcomer is
+served: clients that open connections and say nothing must not keep out a kubelet, which would
+restart a container whose /livez does not answer. A probe sends its head at once, and is answered
+before the 64th behind it is accepted (ACCEPT_AT_ONCE).
+
 No TLS and no authentication: it listens on 127.0.0.1 unless told otherwise, and changes nothing.
 """
 
@@ -35,6 +40,11 @@ HEAD_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 5.0
 # Far more than probes and scrapers ever hold open at once; 64 heads are 512 KiB.
 MAX_CONNECTIONS = 64
+# In one turn of the loop; asyncio's streams take four turns from an accepted connection to the head
+# that waits on it, so that half of MAX_CONNECTIONS are newer than a probe when it is read.
+ACCEPT_AT_ONCE = 8
+# A probe whose SYN finds no room comes again a second later, when kubelet has given up.
+BACKLOG = 1024
 
 _END = b"\r\n\r\n"
 _REASONS = {200: "OK", 400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed"}
@@ -63,7 +73,7 @@ def open_socket(where: Endpoint) -> socket.socket:
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(where)
-        sock.listen(MAX_CONNECTIONS)
+        sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
         raise KernelError(
@@ -79,14 +89,19 @@ class Server:
 
     def __init__(self, provider: Provider) -> None:
         self._provider = provider
-        self._connections: set[asyncio.Task[None]] = set()
+        # The oldest first: those whose turn it is to say something, and those being answered.
+        self._idle: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
+        self._busy: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
 
     @classmethod
     async def start(cls, sock: socket.socket, provider: Provider) -> Server:
         server = cls(provider)
         # readuntil() compares its limit with what stands before the blank line.
         limit = MAX_HEAD - len(_END)
-        server._server = await asyncio.start_server(server._accepted, sock=sock, limit=limit)
+        server._server = await asyncio.start_server(
+            server._accepted, sock=sock, limit=limit, backlog=ACCEPT_AT_ONCE
+        )
+        sock.listen(BACKLOG)  # asyncio has one number for both, and has just set the smaller one
         return server
 
     _server: asyncio.Server
@@ -94,25 +109,39 @@ class Server:
     async def close(self) -> None:
         """Stop listening; answers under way get no further."""
         self._server.close()
-        for task in self._connections:
+        tasks = [*self._idle, *self._busy]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._connections, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def _accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if len(self._connections) >= MAX_CONNECTIONS:
-            writer.transport.abort()
-            return
+        if len(self._idle) + len(self._busy) >= MAX_CONNECTIONS:
+            self._drop(next(iter(self._idle or self._busy)))
         task = asyncio.get_running_loop().create_task(self._serve(reader, writer))
-        self._connections.add(task)
-        task.add_done_callback(self._connections.discard)
+        self._idle[task] = writer
+        task.add_done_callback(self._forget)
+
+    def _drop(self, task: asyncio.Task[None]) -> None:
+        """End it at once. A task that has not begun yet would never come to its `finally`."""
+        task.cancel()
+        if (writer := self._forget(task)) is not None:
+            writer.transport.abort()
+
+    def _forget(self, task: asyncio.Task[None]) -> asyncio.StreamWriter | None:
+        return self._idle.pop(task, None) or self._busy.pop(task, None)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
         try:
-            answer = await self._answer(reader)
+            head = await _read_head(reader)
+            self._busy[task] = self._idle.pop(task)
+            answer = await self._answer(head)
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
                 writer.write(answer)
                 await writer.drain()
                 writer.write_eof()
+                self._idle[task] = self._busy.pop(task)
                 # A close over bytes that nobody read is a reset, which overtakes the answer.
                 while await reader.read(MAX_HEAD):
                     pass
@@ -121,11 +150,8 @@ class Server:
         finally:
             writer.transport.abort()
 
-    async def _answer(self, reader: asyncio.StreamReader) -> bytes:
-        try:
-            async with asyncio.timeout(HEAD_TIMEOUT_S):
-                head = await reader.readuntil(_END)
-        except asyncio.LimitOverrunError:
+    async def _answer(self, head: bytes | None) -> bytes:
+        if head is None:
             return _plain(400, f"the head of a request may have {MAX_HEAD} bytes here")
         match head.split(b"\r\n", 1)[0].split(b" "):
             case [method, target, b"HTTP/1.0" | b"HTTP/1.1"] if target.startswith(b"/"):
@@ -157,6 +183,15 @@ class Server:
             case _:
                 known = "".join(f"\n  {each:<9} {what}" for each, what in PATHS.items())
                 return _plain(404, f"there is nothing at this path; there is:{known}")
+
+
+async def _read_head(reader: asyncio.StreamReader) -> bytes | None:
+    """None when it is too long."""
+    try:
+        async with asyncio.timeout(HEAD_TIMEOUT_S):
+            return await reader.readuntil(_END)
+    except asyncio.LimitOverrunError:
+        return None
 
 
 def _plain(code: int, text: str, headers: str = "") -> bytes:

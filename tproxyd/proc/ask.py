@@ -30,9 +30,39 @@ MAX_REQUEST = 64 * 1024
 TIMEOUT_S = 10.0
 
 
+PREFIX = "\0tproxyd/command/"
+
+
 def name_of(config: Config) -> str:
     """The abstract address; without an admin endpoint its last part is empty."""
-    return f"\0tproxyd/command/{config.admin or ''}"
+    return f"{PREFIX}{config.admin or ''}"
+
+
+def the_one(config: Config | None) -> str:
+    """The name of the daemon that serves this configuration, or served it before it was edited:
+
+    the one of its admin endpoint, else that of the only daemon there is. (None: it is wrong by now,
+    and that daemon will say so.) Unreachable where that leaves a choice, or nothing.
+    """
+    running = _running()
+    if config is not None and name_of(config) in running:
+        return name_of(config)
+    if len(running) == 1:
+        return running[0]
+    if not running:
+        why = "none runs in this network namespace"
+        raise _unreachable(why, "start it with tproxyd run")
+    asked = "the configuration is wrong" if config is None else f"none has {config.admin or 'none'}"
+    have = ", ".join(name.removeprefix(PREFIX) or "none" for name in running)
+    why = f"{len(running)} run here, with admin = {have}, and {asked}"
+    raise _unreachable(why, "name the configuration of one with -c")
+
+
+def _running() -> list[str]:
+    """Names in this network namespace (proc(5), /proc/net/unix: @ stands for the NUL)."""
+    with open("/proc/self/net/unix", encoding="utf-8", errors="replace") as file:
+        paths = {line.split()[-1] for line in file}
+    return sorted("\0" + path[1:] for path in paths if path.startswith(f"@{PREFIX[1:]}"))
 
 
 def ask(name: str, request: Request, timeout: float = TIMEOUT_S) -> Answer:

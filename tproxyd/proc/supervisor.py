@@ -35,10 +35,12 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from tproxyd import __version__
-from tproxyd.addr import Endpoint
 from tproxyd.config import Config
 from tproxyd.errors import ConfigError, KernelError, Problem, TproxydError
-from tproxyd.proc import admin, counters, status, systemd, upgrade
+from tproxyd.proc import counters, status, systemd, upgrade
+from tproxyd.proc.ask import Answer, Request
+from tproxyd.proc.commands import Handler
+from tproxyd.proc.endpoints import Endpoints
 from tproxyd.proc.generation import Generation, ending_of, kill_hung
 from tproxyd.proc.reconciler import Reconciler, State, load_to_install
 from tproxyd.proc.sockets import Listening, Sockets
@@ -51,6 +53,8 @@ if TYPE_CHECKING:
     from tproxyd.proc.worker import WorkerSpec
 
 log = logging.getLogger("tproxyd")
+
+Change = Callable[[], Coroutine[object, object, str]]  # what it says when it is done
 
 _STOP = (signal.SIGTERM, signal.SIGINT)
 # Between two looks at the kernel state when nobody asks for it.
@@ -85,11 +89,10 @@ class Supervisor:
         self._retired: dict[Generation, asyncio.Task[None]] = {}
         self._totals = counters.Totals()
         self._restarts = 0  # of workers of generations that are gone
-        self._admin_socket: socket.socket | None = None
-        self._admin: admin.Server | None = None
+        self._endpoints: Endpoints | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._changing = asyncio.Lock()  # a reload or an upgrade is under way
-        self._changes: set[asyncio.Task[None]] = set()
+        self._changes: set[asyncio.Task[str]] = set()
         self._reload: status.ReloadPart = {"done": 0, "failed": 0, "last": "", "error": ""}
         self._successor: upgrade.Successor | None = None
         self._handed_over = False
@@ -133,9 +136,9 @@ class Supervisor:
     async def _start(self) -> None:
         self._files = raise_file_limit()
         generation = self._generation = self._beget(self._config)
-        self._admin_socket = self._open_admin(self._config, self._inheritance.admin)
+        endpoints = self._endpoints = self._open_endpoints(self._config, self._inheritance.admin)
         if self._inheritance.predecessor is None:
-            await self._serve_admin()
+            await endpoints.serve()
         await generation.known(FIRST_S, self._stop)
         if self._stop.is_set():
             return
@@ -147,7 +150,7 @@ class Supervisor:
         if self._stop.is_set():
             return
         await self._inheritance.take_over()
-        await self._serve_admin()
+        await endpoints.serve()
         if self._install:
             self._installed = True  # from here on there may be something to remove
             for note in (await self._kernel.install()).notes:
@@ -189,24 +192,12 @@ class Supervisor:
         generation.upstreams.start()
         return generation
 
-    def _open_admin(
-        self, config: Config, inherited: socket.socket | None = None
-    ) -> socket.socket | None:
-        if inherited is not None:
-            if config.admin == Endpoint(*inherited.getsockname()[:2]):
-                return inherited
-            inherited.close()
-        return None if config.admin is None else admin.open_socket(config.admin)
-
-    async def _serve_admin(self) -> None:
-        if self._admin is None and self._admin_socket is not None:
-            # A copy: closing the server must not close what a successor may get, or we take back.
-            self._admin = await admin.Server.start(self._admin_socket.dup(), self)
-
-    async def _close_admin(self) -> None:
-        if self._admin is not None:
-            server, self._admin = self._admin, None
-            await server.close()
+    def _open_endpoints(self, config: Config, inherited: socket.socket | None = None) -> Endpoints:
+        commands = {
+            "reload": self._command_for(self.reload),
+            "upgrade": self._command_for(self.upgrade),
+        }
+        return Endpoints(config, self, commands, inherited)
 
     def _describe(self, generation: Generation) -> None:
         config = generation.config
@@ -225,16 +216,33 @@ class Supervisor:
 
     # Changes ------------------------------------------------------------------------------------
 
-    def _begin(self, change: Callable[[], Coroutine[object, object, str]]) -> None:
+    def _begin(self, change: Change) -> None:
         """A signal asks for a change, which tells the log how it went."""
 
-        async def run() -> None:
+        async def run() -> str:
             with contextlib.suppress(TproxydError):
-                await change()
+                return await change()
+            return ""
 
-        task = self._loop.create_task(run())
+        self._make(run)
+
+    def _make(self, change: Change) -> asyncio.Task[str]:
+        task = asyncio.ensure_future(change())
         self._changes.add(task)
         task.add_done_callback(self._changes.discard)
+        return task
+
+    def _command_for(self, change: Change) -> Handler:
+        """A command that makes a change, and answers how it went."""
+
+        async def handler(request: Request) -> Answer:
+            task = self._make(change)
+            await asyncio.wait([task])
+            if task.cancelled():
+                raise KernelError(request["verb"], "the daemon is stopping", "start it again")
+            return {"said": task.result()}
+
+        return handler
 
     async def reload(self) -> str:
         """Serve by the configuration as it is now; a sentence that says so.
@@ -262,11 +270,12 @@ class Supervisor:
         began, old = time.monotonic(), self._serving()
         config = self._reread()
         _check_change(old.config, config)
-        before, admin_before = self._sockets.all(), self._admin_socket
+        before = self._sockets.all()
         new: Generation | None = None
+        endpoints: Endpoints | None = None
         try:
             if config.admin != old.config.admin:
-                self._admin_socket = self._open_admin(config)
+                endpoints = self._open_endpoints(config)
             new = self._beget(config)
             await new.known(FIRST_S, self._stop)
             new.fork()
@@ -277,20 +286,27 @@ class Supervisor:
             if new is not None:
                 self._retire(new, before, "reload that failed")
             self._sockets.go_back(old.config, before)
-            if self._admin_socket is not admin_before and self._admin_socket is not None:
-                self._admin_socket.close()
-            self._admin_socket = admin_before
+            if endpoints is not None:
+                await endpoints.finish()
             raise
         self._generation = new
         self._sockets.settle(config)
         self._retire(old, self._sockets.all(), "reload")
-        if self._admin_socket is not admin_before:
-            await self._close_admin()
-            if admin_before is not None:
-                admin_before.close()
-            await self._serve_admin()
+        if endpoints is not None:
+            await self._move_to(endpoints)
         self._describe(new)
         return f"reloaded in {(time.monotonic() - began) * 1000:.0f} ms"
+
+    async def _move_to(self, endpoints: Endpoints) -> None:
+        old, self._endpoints = self._endpoints, endpoints
+        try:
+            await endpoints.serve()
+        except KernelError as error:  # too late to be a reason against the reload
+            log.error("%s", error)
+        if old is not None:
+            await old.close()
+            if old.socket is not None:
+                old.socket.close()
 
     async def upgrade(self) -> str:
         """Hand everything over to a new process; a sentence that says so.
@@ -312,20 +328,21 @@ class Supervisor:
             why = f"{who} can't be replaced while it runs"
             raise KernelError("upgrade", why, "start a new container")
         files = [(upgrade.LISTENER, sock) for sock in self._sockets.all()]
-        if self._admin_socket is not None:
-            files.append((upgrade.ADMIN, self._admin_socket))
+        assert self._endpoints is not None, "changes wait for the start"
+        if self._endpoints.socket is not None:
+            files.append((upgrade.ADMIN, self._endpoints.socket))
         successor = self._successor = upgrade.Successor(files)
         log.info("upgrade: the new process is %d", successor.pid)
         try:
             async with asyncio.timeout(upgrade.UPGRADE_TIMEOUT_S):
                 await successor.is_ready()
-                await self._close_admin()
+                await self._endpoints.close()
                 await self._kernel.release()
                 await successor.takes_over()
         except BaseException as error:
             successor.dismiss()
             await self._kernel.take_back()
-            await self._serve_admin()
+            await self._endpoints.serve()
             if isinstance(error, TimeoutError):
                 why = f"the new process is not done after {upgrade.UPGRADE_TIMEOUT_S:g} s"
                 raise KernelError("upgrade", why, "the old process goes on") from None
@@ -389,8 +406,8 @@ class Supervisor:
     async def _end(self) -> None:
         """Leave in order, however far the start came."""
         self._ending = True
-        for task in self._changes:
-            task.cancel()
+        for change in self._changes:
+            change.cancel()
         await asyncio.gather(*self._changes, return_exceptions=True)
         for task in self._tasks:
             task.cancel()
@@ -410,7 +427,8 @@ class Supervisor:
             except KernelError as error:
                 failure = error
         self._kernel.close()
-        await self._close_admin()
+        if self._endpoints is not None:
+            await self._endpoints.finish()
         if failure is not None:
             raise failure
         if self._stop.is_set():

@@ -32,7 +32,7 @@ from tproxyd.flow import listen, policy
 from tproxyd.flow.announce import announcer
 from tproxyd.flow.balance import Cluster
 from tproxyd.flow.clients import ClientCounts
-from tproxyd.flow.connect import Sockets
+from tproxyd.flow.connect import NO_FILES, Sockets
 from tproxyd.flow.connection import Lane, serve
 from tproxyd.flow.engine import Engine
 from tproxyd.flow.origdst import original_destination, redirected_destination
@@ -63,8 +63,10 @@ _ACCEPT_BATCH = 64
 _RESERVED_FILES = 64
 # How soon accepting is tried again when the kernel, not our own limit, had refused a descriptor.
 _RETRY_ACCEPT_S = 0.1
+# And where it was the upstream's: behind clients that ask for theirs every tenth of a second, and a
+# tick of their timers.
+_STAND_BACK_S = 0.2
 _PING = f"{watchdog.PING}\n".encode()
-_NO_FILES = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +152,7 @@ class Worker(Sockets, Counting):
         self._active = 0
         self._listening = False
         self._draining = False
+        self._standing_back: asyncio.TimerHandle | None = None
         self._resume_accepting()
         # Stopping is the supervisor's decision. Ctrl-C and systemd signal the whole group at once,
         # and a worker that left early would leave clients before interception has ended.
@@ -194,6 +197,8 @@ class Worker(Sockets, Counting):
     def _resume_accepting(self) -> None:
         if self._listening or self._draining or self._active >= self._capacity:
             return
+        if self._standing_back is not None:
+            return
         self._listening = True
         for door in self._doors:
             self.engine.listen(door.sock, door)
@@ -222,7 +227,7 @@ class Worker(Sockets, Counting):
             except OSError as error:
                 if error.errno == errno.EINVAL:
                     return False  # it listens no more: somebody has shut it down
-                if error.errno not in _NO_FILES:
+                if error.errno not in NO_FILES:
                     continue  # that one connection failed before it was ours (accept(2))
                 self._row[self._cells.accept_pauses] += 1
                 self._pause_accepting()
@@ -230,6 +235,18 @@ class Worker(Sockets, Counting):
                 return False
             self.engine.start(serve(downstream, peer, door.lane, self))
         return True
+
+    def out_of_files(self) -> None:
+        if self._standing_back is not None:
+            self._standing_back.cancel()
+        elif self._listening:
+            self._row[self._cells.accept_pauses] += 1
+        self._pause_accepting()
+        self._standing_back = self._loop.call_later(_STAND_BACK_S, self._come_forward)
+
+    def _come_forward(self) -> None:
+        self._standing_back = None
+        self._resume_accepting()
 
     # Ending ------------------------------------------------------------------------------------
 

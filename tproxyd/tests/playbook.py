@@ -377,6 +377,9 @@ class Playbook:
     def count_port_retry(self, cause: PortCause) -> None:
         self.note(f"count port {cause}")
 
+    def out_of_files(self) -> None:
+        self.note("out of files")
+
     def count_fallback(self, cause: str) -> None:
         self.note(f"count fallback {cause}")
 

@@ -13,6 +13,7 @@ from tproxyd.addr import Endpoint
 from tproxyd.errors import KernelError
 from tproxyd.proc import admin
 
+GET = b"GET /livez HTTP/1.1\r\n\r\n"
 LOOPBACK = Endpoint("127.0.0.1", 0)
 
 
@@ -35,6 +36,8 @@ class Provider:
 
 class Scene:
     """A server, its provider, and a client for it."""
+
+    server: admin.Server
 
     def __init__(self, sock: socket.socket) -> None:
         self.where = sock.getsockname()[:2]
@@ -59,13 +62,6 @@ class Scene:
         head, _, body = answer.decode().partition("\r\n\r\n")
         return head, body
 
-    async def refuses(self) -> bool:
-        """Whether a request is turned away unanswered."""
-        try:
-            return await self.send(b"GET /livez HTTP/1.1\r\n\r\n") == ("", "")
-        except ConnectionError:
-            return True
-
     async def get(self, path: str, method: str = "GET") -> tuple[int, str, str]:
         head, body = await self.send(f"{method} {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
         return int(head.split()[1]), head, body
@@ -81,7 +77,7 @@ def in_scene(
         asyncio.get_running_loop().set_exception_handler(lambda _, about: bothered.append(about))
         sock = admin.open_socket(where)
         scene = Scene(sock)
-        server = await admin.Server.start(sock, scene.provider)
+        scene.server = server = await admin.Server.start(sock, scene.provider)
         try:
             await test(scene)
         finally:
@@ -202,7 +198,6 @@ def test_a_silent_client_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_client_that_takes_no_answer_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(admin, "ANSWER_TIMEOUT_S", 0.02)
-    monkeypatch.setattr(admin, "MAX_CONNECTIONS", 1)
 
     async def test(scene: Scene) -> None:
         large = b"x" * 50_000_000  # more than any socket buffer takes
@@ -211,21 +206,95 @@ def test_a_client_that_takes_no_answer_is_dropped(monkeypatch: pytest.MonkeyPatc
             loop = asyncio.get_running_loop()
             await loop.sock_sendall(client, b"GET /metrics HTTP/1.1\r\n\r\n")
             async with asyncio.timeout(5):
-                while await scene.refuses():
-                    pass
+                await scene.get("/livez")  # accepted behind it
+                while scene.server._busy:
+                    await scene.get("/livez")
 
     assert not in_scene(test)
 
 
-def test_more_than_64_at_once_are_closed_and_those_served() -> None:
+async def hold(scene: Scene, count: int, said: bytes = b"") -> list[socket.socket]:
+    """So many clients that say this, or nothing, and are known to the server."""
+    held = [await scene.connect() for _ in range(count)]
+    for client in held:
+        if said:
+            await asyncio.get_running_loop().sock_sendall(client, said)
+    await scene.get("/livez")  # accepted behind them
+    return held
+
+
+def is_open(client: socket.socket) -> bool:
+    try:
+        return client.recv(1) != b""
+    except BlockingIOError:
+        return True
+    except ConnectionError:
+        return False
+
+
+@pytest.mark.parametrize("said", [b"", b"GET /livez HTTP/1.1\r\nX: "], ids=["nothing", "a part"])
+def test_where_all_are_taken_the_longest_idle_goes(said: bytes) -> None:
     async def test(scene: Scene) -> None:
-        held = [await scene.connect() for _ in range(admin.MAX_CONNECTIONS)]
-        assert await scene.refuses()
+        held = await hold(scene, admin.MAX_CONNECTIONS - 1, said)
+        newcomers = await hold(scene, 3)
+        # The 66th, 67th and the probe behind it each took the place of one.
+        assert [is_open(client) for client in held[:4]] == [False, False, False, True]
+        assert all(map(is_open, newcomers))
+        for client in [*held[3:], *newcomers]:
+            _, body = await scene.ask(client, b"\r\n\r\n" if said and client in held else GET)
+            assert body == "ok\n"
+        for client in [*held, *newcomers]:
+            client.close()
+
+    assert not in_scene(test)
+
+
+def test_many_who_take_their_answer_and_stay_keep_nobody_out() -> None:
+    async def test(scene: Scene) -> None:
+        held = await hold(scene, admin.MAX_CONNECTIONS, GET)
+        assert (await scene.get("/livez"))[0] == 200
         for client in held:
-            with client:
-                _, body = await scene.ask(client, b"GET /livez HTTP/1.1\r\n\r\n")
-                assert body == "ok\n"
-        assert not await scene.refuses()
+            client.close()
+
+    assert not in_scene(test)
+
+
+def test_who_is_being_answered_stays() -> None:
+    """The one that waits longest is not idle: it is we who take our time."""
+
+    async def test(scene: Scene) -> None:
+        asked, answer = asyncio.Event(), asyncio.Event()
+
+        async def slow() -> list[str]:
+            asked.set()
+            await answer.wait()
+            return []
+
+        scene.provider.unready = slow  # type: ignore[method-assign]
+        with await scene.connect() as first:
+            asking = asyncio.create_task(scene.ask(first, b"GET /readyz HTTP/1.1\r\n\r\n"))
+            await asked.wait()
+            held = await hold(scene, 2 * admin.MAX_CONNECTIONS)
+            answer.set()
+            assert (await asking)[1] == "ok\n"
+        for client in held:
+            client.close()
+
+    assert not in_scene(test)
+
+
+def test_a_probe_in_the_middle_of_a_flood_is_answered() -> None:
+    """It has sent its head, and hundreds come behind it before the server looks at any."""
+
+    async def test(scene: Scene) -> None:
+        before = [socket.create_connection(scene.where) for _ in range(200)]
+        probe = socket.create_connection(scene.where)
+        probe.sendall(GET)
+        probe.setblocking(False)
+        behind = [socket.create_connection(scene.where) for _ in range(400)]
+        assert (await scene.ask(probe, b""))[1] == "ok\n"
+        for client in [*before, probe, *behind]:
+            client.close()
 
     assert not in_scene(test)
 

@@ -10,13 +10,15 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tproxyd.proc import systemd
-from tproxyd.tests.programs import Echo, Program, echoes
+from tproxyd.tests.programs import ROOT, Echo, Program, echoes
 from tproxyd.tests.test_reload import text
 
 
@@ -51,6 +53,59 @@ def upgrade(program: Program) -> int:
     line = program.wait_line(r"process \d+ serves from here on")
     (pid,) = re.findall(r"process (\d+)", line)
     return int(pid)
+
+
+@pytest.mark.parametrize("verb", ["reload", "upgrade"])
+def test_by_command(program: Upgradable, verb: str) -> None:
+    done = command(verb, program)
+    assert (done.returncode, done.stderr) == (0, "")
+    said = {"reload": "reloaded in ", "upgrade": "process "}[verb]
+    assert done.stdout.startswith(said)
+    assert (program.status()["pid"] == program.pid) == (verb == "reload")
+
+
+def test_a_command_that_fails_says_why(program: Upgradable, echo: Echo) -> None:
+    program.write(text(echo) + "what = 1\n")
+    done = command("reload", program)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "what: unknown key" in done.stderr
+    assert "what: unknown key" in program.status()["reload"]["error"]
+    program.write(text(echo))
+    program.next.write_text("import os; os._exit(9)")
+    # Not the command itself, which is a Python program, too.
+    done = command("upgrade", program, PYTHONPATH="")
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "can't upgrade: the new process ended with exit status 9" in done.stderr
+
+
+def test_a_stop_answers_who_waits_for_a_change(program: Upgradable) -> None:
+    gate = program.scratch / "gate"
+    os.mkfifo(gate)
+    program.next.write_text(f"open({str(gate)!r}).read()\n")
+    asking = start_command("upgrade", program, PYTHONPATH="")
+    program.wait_line(r"upgrade: the new process is \d+")
+    with gate.open("w"):
+        program.signal(signal.SIGTERM)
+        _, said = asking.communicate(timeout=10)
+    assert asking.returncode == 3
+    assert "can't upgrade: the daemon is stopping" in said
+
+
+def start_command(verb: str, program: Program, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "tproxyd", verb, "-c", str(program.file)],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def command(verb: str, program: Program, **environment: str) -> subprocess.CompletedProcess[str]:
+    asking = start_command(verb, program, **environment)
+    out, err = asking.communicate(timeout=30)
+    return subprocess.CompletedProcess(asking.args, asking.returncode, out, err)
 
 
 def exists(pid: int) -> bool:

@@ -1,0 +1,85 @@
+"""Where a daemon is asked: its admin endpoint and its command socket, which come and go together.
+
+Both belong to the address that the configuration gives the admin endpoint. In an upgrade that
+address stays and changes hands: the listening socket is handed on, and `close` keeps a copy, for
+the case that this process takes it back.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Mapping
+
+from tproxyd.addr import Endpoint
+from tproxyd.config import Config
+from tproxyd.errors import KernelError
+from tproxyd.proc import admin
+from tproxyd.proc.ask import name_of
+from tproxyd.proc.commands import CommandServer, Handler
+
+log = logging.getLogger("tproxyd")
+
+
+class Endpoints:
+    def __init__(
+        self,
+        config: Config,
+        provider: admin.Provider,
+        handlers: Mapping[str, Handler],
+        inherited: socket.socket | None = None,
+    ) -> None:
+        """The address is taken now, and nobody answers yet; KernelError where it can't be.
+
+        `inherited` is a socket that may listen there already.
+        """
+        self._config, self._provider, self._handlers = config, provider, handlers
+        self.socket = self._opened(inherited)
+        self._admin: admin.Server | None = None
+        self._commands: CommandServer | None = None
+
+    def _opened(self, inherited: socket.socket | None) -> socket.socket | None:
+        where = self._config.admin
+        if inherited is not None:
+            host, port = inherited.getsockname()[:2]
+            if where == Endpoint(host, port):
+                return inherited
+            inherited.close()
+        return None if where is None else admin.open_socket(where)
+
+    async def serve(self) -> None:
+        """KernelError where another process has the name of the command socket."""
+        if self.socket is not None and self._admin is None:
+            self._admin = await admin.Server.start(self.socket.dup(), self._provider)
+        if self._commands is None:
+            commands = CommandServer(name_of(self._config), self._handlers)
+            try:
+                await commands.start()
+            except KernelError as error:
+                if self._config.admin is not None:
+                    raise
+                # Several daemons may well live without an admin endpoint, and so without a name.
+                log.warning("%s; signals do without: SIGHUP reloads, SIGUSR2 upgrades", error)
+                return
+            self._commands = commands
+
+    async def close(self) -> None:
+        """Nobody answers, and the name is free; commands under way are still answered."""
+        if self._commands is not None:
+            self._commands.close()
+            self._finishing = self._commands
+            self._commands = None
+        if self._admin is not None:
+            server, self._admin = self._admin, None
+            await server.close()
+
+    async def finish(self) -> None:
+        """At the very end: the address, too, is free."""
+        finishing = self._commands or self._finishing
+        await self.close()
+        if finishing is not None:
+            await finishing.finish()
+        if self.socket is not None:
+            self.socket.close()
+
+    _finishing: CommandServer | None = None
