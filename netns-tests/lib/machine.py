@@ -185,7 +185,7 @@ class Machine:
         return int(self.show("tproxyd", "MainPID"))
 
     def kill(self, number: signal.Signals, pid: int) -> None:
-        self.run("kill", f"-{int(number)}", str(pid))
+        self.sh(f"kill -{int(number)} {pid}")
 
     def journal(self, unit: str = "tproxyd") -> list[str]:
         return self.run("journalctl", "--no-pager", "-o", "cat", "-u", unit).splitlines()
