@@ -16,7 +16,7 @@ from lib.topology import Topology
 from lib.waits import wait_for
 
 CONNECTIONS = 100
-SHARED = {"epoll_wait", "epoll_pwait", "write", "poll", "restart_syscall"}
+SHARED = {"epoll_wait", "epoll_pwait", "write", "fcntl", "poll", "restart_syscall"}
 # accept4, getsockname (two: the socket module asks once by itself), recvfrom of what is at hand,
 # socket, six setsockopt, bind, two connect, two epoll_ctl, two sendto, three recvfrom of the answer
 # and the ends, shutdown, getsockopt, two close: 25. And one recvfrom that came too early.

@@ -1,6 +1,8 @@
 """The command line: verbs change state, nouns only read.
 
-    run exec install clean reload upgrade      rules check doctor status      istio-iptables
+    run exec install clean reload upgrade kill
+    rules check doctor status top
+    istio-iptables
 
 The last one is Istio's tool of that name, with its flags, its messages and its exit codes
 (istio/run.py); who calls this program by that name gets it without saying so again.
@@ -18,16 +20,16 @@ import dataclasses
 import functools
 import json
 import os
-import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from tproxyd import __version__, environment
-from tproxyd.addr import Endpoint
+from tproxyd.addr import parse_prefix
 from tproxyd.config import Backend, Config
 from tproxyd.configfile import only_admin, parse
 from tproxyd.errors import ConfigError, KernelError, Problem, TproxydError, Unreachable
+from tproxyd.proc.rows import LIMIT, MAX_LIMIT, Sort
 
 if TYPE_CHECKING:
     from tproxyd.proc.run_command import User
@@ -40,7 +42,6 @@ _INTERRUPTED, _PIPE_CLOSED = 128 + 2, 128 + 13  # as a shell reports SIGINT and 
 
 Parse = Callable[[str, str, Mapping[str, str]], Config]
 
-_STATUS_TIMEOUT_S = 5.0
 # A reload waits for names, workers and the kernel, an upgrade at most 30 s; for one before it, too.
 _CHANGE_TIMEOUT_S = 60.0
 
@@ -79,6 +80,13 @@ def _words() -> list[str]:
 def _failed(error: TproxydError, code: int) -> int:
     print(f"tproxyd: {error}", file=sys.stderr)
     return code
+
+
+def _stopped(error: KernelError, code: int) -> int:
+    """The daemon could not start, or not end in order: its own log says so, once there is one."""
+    from tproxyd.proc import startup
+
+    return code if startup.say(error) else _failed(error, code)
 
 
 def _arguments() -> argparse.ArgumentParser:
@@ -138,7 +146,39 @@ def _arguments() -> argparse.ArgumentParser:
     command(clean, "remove all kernel state of tproxyd, whatever configuration made it")
     command(check, "check the configuration only")
     command(doctor, "find out why it does not work").add_argument("--json", action="store_true")
-    command(status, "show the running daemon").add_argument("--json", action="store_true")
+    shown = command(status, "show the running daemon")
+    shown.add_argument("--json", action="store_true")
+    shown.add_argument(
+        "--connections",
+        nargs="?",
+        type=_limit,
+        const=LIMIT,
+        metavar="N",
+        help=f"and what is open: the first N, by default {LIMIT}",
+    )
+    live = command(top, "show the running daemon, live; its last line names the keys")
+    live.add_argument("--json", action="store_true", help="an object a line, one a second")
+    live.add_argument(
+        "--once", action="store_true", help="one frame, as where the output is no terminal"
+    )
+    for each in (shown, live):
+        each.add_argument(
+            "--sort",
+            choices=[*Sort],
+            default=str(Sort.BYTES),
+            help="what stands first: the most, the oldest, the longest; by default %(default)s",
+        )
+    ended = command(kill, "end connections of the running daemon, by RST to both sides")
+    which = ended.add_mutually_exclusive_group(required=True)
+    which.add_argument("ids", nargs="*", default=[], metavar="ID", help="as status shows them")
+    which.add_argument(
+        "--client",
+        action="append",
+        default=[],
+        type=_prefix,
+        metavar="CIDR",
+        help="all of these clients; may be given again",
+    )
     # Only so that it is listed: its command line is not argparse's to read.
     commands.add_parser(ISTIO_IPTABLES, help="what Istio's tool of that name does; see its --help")
     return parser
@@ -153,6 +193,20 @@ def _user(text: str) -> User:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def _limit(text: str) -> int:
+    if text.isdecimal() and int(text) <= MAX_LIMIT:
+        return int(text)
+    raise argparse.ArgumentTypeError(f'"{text}" is no number up to {MAX_LIMIT}')
+
+
+def _prefix(text: str) -> str:
+    try:
+        parse_prefix(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
 # Verbs -------------------------------------------------------------------------------------------
 
 
@@ -163,12 +217,15 @@ def run(args: argparse.Namespace) -> int:
     startup.do_without_openssl()  # which importing the supervisor would load
     from tproxyd.proc import supervisor
 
-    supervisor.serve(
-        config,
-        install=args.install,
-        reread=functools.partial(read_config, args.config),
-        keep_sockets=args.keep_sockets,
-    )
+    try:
+        supervisor.serve(
+            config,
+            install=args.install,
+            reread=functools.partial(read_config, args.config),
+            keep_sockets=args.keep_sockets,
+        )
+    except KernelError as error:
+        return _stopped(error, REFUSED)
     return FINE
 
 
@@ -186,7 +243,7 @@ def exec(args: argparse.Namespace) -> int:
         reread = functools.partial(read_config, args.config)
         supervisor.serve(config, install=True, reread=reread, command=command)
     except KernelError as error:
-        return _failed(error, command.code if command.started else REFUSED)
+        return _stopped(error, command.code if command.started else REFUSED)
     return command.code
 
 
@@ -237,6 +294,24 @@ def istio_iptables(words: list[str]) -> int:
     return run.main(words, os.environ)
 
 
+def kill(args: argparse.Namespace) -> int:
+    """An answer that names what was not ended is a problem found, and goes to stderr."""
+    config = read_config(args.config)
+    from tproxyd.proc.ask import ask, name_of
+
+    told = ask(name_of(config), {"verb": "kill", "ids": args.ids, "clients": args.client})
+    plural = "s"[: told["killed"] != 1]
+    if told["killed"]:
+        print(f"ended {told['killed']} connection{plural}")
+    problems = [f"{each} is no open connection (any more)" for each in told["missing"]]
+    problems += [f"worker {pid} does not answer: its own go on" for pid in told["silent"]]
+    if not (told["killed"] or problems):
+        problems = [f"no open connection is of {' or '.join(args.client)}"]
+    for each in problems:
+        print(f"tproxyd: {each}; see tproxyd status --connections", file=sys.stderr)
+    return FOUND if problems else FINE
+
+
 # Nouns -------------------------------------------------------------------------------------------
 
 
@@ -276,13 +351,33 @@ def doctor(args: argparse.Namespace) -> int:
 
 def status(args: argparse.Namespace) -> int:
     config = read_config(args.config)
-    body = _ask_daemon(config.admin, "/status")
+    from tproxyd.proc.ask import look
+
+    snapshot, listing = json.loads(look(config, "/status")), None
+    if args.connections is not None:
+        path = f"/connections?sort={args.sort}&limit={args.connections}"
+        listing = json.loads(look(config, path))
     if args.json:
-        print(body, end="")
+        print(json.dumps(snapshot | ({"open": listing} if listing else {}), indent=2))
         return FINE
     from tproxyd.proc.status import draw
 
-    print(draw(json.loads(body)), end="")
+    print(draw(snapshot, listing), end="")
+    return FINE
+
+
+def top(args: argparse.Namespace) -> int:
+    config = read_config(args.config)
+    try:
+        from tproxyd.proc import top
+    except ModuleNotFoundError as error:
+        if error.name != "rich":
+            raise
+        raise Unreachable(
+            "can't draw top: the package rich is not installed; try pip install 'tproxyd[top]',"
+            " or tproxyd status --connections"
+        ) from None
+    top.run(config, Sort(args.sort), once=args.once, as_json=args.json)
     return FINE
 
 
@@ -321,29 +416,3 @@ def _with_backend(args: argparse.Namespace) -> Config:
         return config
     chosen = dataclasses.replace(config.rules, backend=Backend(args.backend))
     return dataclasses.replace(config, rules=chosen)
-
-
-def _ask_daemon(where: Endpoint | None, path: str) -> str:
-    """GET `path` from the admin endpoint (too plain for http.client and its 17 ms)."""
-    if where is None:
-        raise Unreachable(
-            'can\'t ask the daemon: admin = "" in its configuration; set admin = "127.0.0.1:9133"'
-        )
-    request = f"GET {path} HTTP/1.1\r\nHost: {where}\r\nConnection: close\r\n\r\n"
-    try:
-        with socket.create_connection(where, timeout=_STATUS_TIMEOUT_S) as sock:
-            sock.sendall(request.encode())
-            answer = b"".join(iter(lambda: sock.recv(65536), b"")).decode()
-    except OSError as error:
-        why = "no answer" if isinstance(error, TimeoutError) else error.strerror
-        raise Unreachable(
-            f"can't ask the daemon at {where}: {why}; start it with tproxyd run,"
-            " or name its configuration with -c"
-        ) from None
-    head, _, body = answer.partition("\r\n\r\n")
-    if not head.startswith("HTTP/1.1 200 "):
-        first = head.partition("\r\n")[0] or "nothing"
-        raise Unreachable(
-            f"can't ask the daemon at {where}: it answered {first}; is that tproxyd? ss -ltnp"
-        )
-    return body

@@ -43,6 +43,9 @@ class LogFormat(StrEnum):
     TEXT = "text"
 
 
+JOURNAL = "journal"  # as access log: systemd's, by its own protocol
+
+
 class Scope(StrEnum):
     """Which connections an intercepting listener can see at all."""
 
@@ -99,8 +102,9 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class Log:
-    access: str = "-"  # a path, "-" for stdout, "" for none
-    format: LogFormat = LogFormat.JSON
+    access: str = "-"  # a path, "-" for stdout, JOURNAL, "" for none
+    format: LogFormat = LogFormat.JSON  # of the access log, where it is made of lines
+    daemon_format: LogFormat = LogFormat.TEXT  # of what we say of ourselves, on stderr
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from types import MappingProxyType
 
 from tproxyd.addr import Endpoint, PrefixSet, is_unix, parse_endpoint, parse_ip
 from tproxyd.config import (
+    JOURNAL,
     Config,
     HeaderPolicy,
     HealthCheck,
@@ -104,15 +105,25 @@ def _config(t: Table) -> Config:
             scheme=rules.word("scheme", d.rules.scheme),
             return_path=rules.word("return_path", d.rules.return_path),
         ),
-        log=Log(
-            access=log.text("access", d.log.access),
-            format=log.word("format", d.log.format),
-        ),
+        log=_log(log),
         listeners=listeners or d.listeners,
     )
     for table in (rules, log, t):
         table.finish()
     return config
+
+
+def _log(t: Table) -> Log:
+    d = Log()
+    log = Log(
+        access=t.text("access", d.access),
+        format=t.word("format", d.format),
+        daemon_format=t.word("daemon_format", d.daemon_format),
+    )
+    if log.access == JOURNAL and "format" in t.data:
+        text = 'means nothing in the journal, whose entries have fields; "./journal" is a file'
+        t.problem("format", text)
+    return log
 
 
 def _admin(t: Table, default: Endpoint | None) -> Endpoint | None:

@@ -70,6 +70,7 @@ VARIABLES: dict[str, tuple[tuple[str, ...], Callable[[str], object]]] = {
     "TPROXYD_RULES_RETURN_PATH": (("rules", "return_path"), _text),
     "TPROXYD_LOG_ACCESS": (("log", "access"), _text),
     "TPROXYD_LOG_FORMAT": (("log", "format"), _text),
+    "TPROXYD_LOG_DAEMON_FORMAT": (("log", "daemon_format"), _text),
     "TPROXYD_PORT": ((LISTENER, "port"), _number),
     "TPROXYD_PORTS": ((LISTENER, "intercept", "ports"), _ports),
     "TPROXYD_EXCLUDE_PORTS": ((LISTENER, "intercept", "exclude_ports"), _ports),

@@ -40,6 +40,7 @@ class CloseReason(StrEnum):
     UPSTREAM_TIMEOUT = "upstream_timeout"  # connect: no answer within connect_timeout_s
     NO_SOURCE_PORT = "no_source_port"  # every source port we tried was taken
     DRAIN_TIMEOUT = "drain_timeout"  # still open when the drain deadline of a stop passed
+    KILLED = "killed"  # by `tproxyd kill`
     INTERNAL = "internal"  # a bug of ours, or the kernel refused an ordinary request
 
 

@@ -82,7 +82,7 @@ class Lane:
 class Passage(Relay):
     """The relay of a connection, which knows what to do when it is over."""
 
-    __slots__ = ("_lane", "_life", "_world")
+    __slots__ = ("_lane", "_world", "life")
 
     def __init__(
         self,
@@ -95,11 +95,11 @@ class Passage(Relay):
     ) -> None:
         """The first `own` bytes of `early` are a header of ours."""
         super().__init__(*both, early, lane.limits)
-        self._lane, self._life, self._world = lane, life, world
+        self._lane, self.life, self._world = lane, life, world
         self.up.delivered = -own  # our own words are no payload
 
     def finished(self, reason: CloseReason, detail: str, aborted: bool) -> None:
-        life, up, down = self._life, self.up, self.down
+        life, up, down = self.life, self.up, self.down
         life.reason, life.detail = reason, detail
         life.received, life.sent = max(up.delivered, 0), down.delivered
         self._world.ended(self._lane, life, up.source, down.source, aborted)

@@ -25,7 +25,7 @@ import select
 import socket
 import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any, Protocol
 
 from tproxyd.errors import CloseReason, PeerError
@@ -84,6 +84,11 @@ class Engine:
         self._pipes = Pipes()
         self.lease_pipe, self.return_pipe = self._pipes.lease, self._pipes.give_back
         loop.add_reader(self._epoll.fileno(), self._stay)
+
+    @property
+    def handlers(self) -> Sequence[Handler | None]:
+        """Who is told of each file descriptor's events; live.py walks through them."""
+        return self._handlers
 
     def close(self) -> None:
         self._loop.remove_reader(self._epoll.fileno())
@@ -224,6 +229,12 @@ class Walker:
         self._engine = engine
         self._walk: Walk | None = walk
         self.timer: dict[object, None] | None = None
+
+    @property
+    def variables(self) -> dict[str, Any] | None:
+        """The local ones of the walk, for who wants to show it; None: it is over."""
+        frame = getattr(self._walk, "gi_frame", None)
+        return frame and frame.f_locals
 
     def wait(self, step: Wait) -> None:
         try:

@@ -11,15 +11,8 @@ A line is one expression, 2 µs, not a call of logging, which takes 6 µs for tw
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import select
-import stat
-import sys
-import termios
 import time
-from collections import deque
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -55,6 +48,7 @@ _FLAGS = {
     CloseReason.UPSTREAM_TIMEOUT: "UF",
     CloseReason.NO_SOURCE_PORT: "UF",
     CloseReason.DRAIN_TIMEOUT: "LR",
+    CloseReason.KILLED: "LR",
     CloseReason.INTERNAL: "LR",
 }
 assert _FLAGS.keys() == set(CloseReason)
@@ -164,6 +158,10 @@ class Record:
         return endpoint_of((host, source_port(port, 0, kind is SourceKind.CLIENT_PORT)))
 
     def text(self, now: float) -> str:
+        return f"{timestamp(self.wall)} {self.sentence(now)}\n"
+
+    def sentence(self, now: float) -> str:
+        """For people; when it began is said elsewhere."""
         named = self.header is not None and self.header.source is not None
         via = f" via {self.peer}" if named else ""
         as_whom = f" as {self.source}" if self.source else ""
@@ -171,10 +169,10 @@ class Record:
         why = f" ({self.detail})" if self.detail else ""
         said = "" if self.announced is None else f" said {_announced(self.announced)}"
         return (
-            f"{timestamp(self.wall)} {self.listener.name} {self.client or self.peer}{via}"
+            f"{self.listener.name} {self.client or self.peer}{via}"
             f" -> {self.upstream or self.dst or '?'}{tried}{as_whom}"
             f" {self.reason._value_}{why} {(now - self.started) * 1000:.0f}ms"
-            f" {self.received}B up {self.sent}B down rtt {self.rtt_us}us{said}\n"
+            f" {self.received}B up {self.sent}B down rtt {self.rtt_us}us{said}"
         )
 
 
@@ -219,86 +217,3 @@ def timestamp(wall: float) -> str:
 @lru_cache(maxsize=8)
 def _second(second: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
-
-
-# Lines wait this long for company at the most; one write for many lines costs one system call.
-FLUSH_AFTER_S = 0.05
-_FLUSH_SIZE = 64 * 1024
-# What may wait while a pipe's reader is slow: some ten thousand lines. Then lines are dropped and
-# counted; traffic goes on.
-_KEEP_SIZE = 8 * 1024 * 1024
-
-
-class LineWriter:
-    """Lines of several workers into one file, whole, in batches, without ever blocking a worker.
-
-    A regular file is opened with O_APPEND: one write is one piece. A pipe or terminal takes pieces
-    up to PIPE_BUF atomically, and one that poll() calls writable takes such a piece without
-    blocking; a longer line (tens of TLVs) goes alone, and into a pipe only when that is empty.
-    (O_NONBLOCK would say the same, but belongs to the open file, which on stdout we share with
-    strangers.)
-    """
-
-    def __init__(
-        self,
-        fd: int,
-        later: Callable[[float, Callable[[], None]], object],
-        dropped: Callable[[int], None],
-    ) -> None:
-        self._fd, self._later, self._dropped = fd, later, dropped
-        self._lines: deque[bytes] = deque()
-        self._size = 0
-        self._scheduled = False
-        mode = os.fstat(fd).st_mode
-        self._piece_size = _FLUSH_SIZE if stat.S_ISREG(mode) else select.PIPE_BUF
-        self._pipe_size = fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ) if stat.S_ISFIFO(mode) else 0
-        self._poll = select.poll()
-        self._poll.register(fd, select.POLLOUT)
-
-    def write(self, line: str) -> None:
-        data = line.encode()
-        if self._size >= _KEEP_SIZE or 0 < self._pipe_size < len(data):
-            self._dropped(1)
-            return
-        self._lines.append(data)
-        self._size += len(data)
-        if self._size >= _FLUSH_SIZE:
-            self.flush()
-        if not self._scheduled:
-            self._schedule()
-
-    def _schedule(self) -> None:
-        if self._lines and not self._scheduled:
-            self._scheduled = True
-            self._later(FLUSH_AFTER_S, self._on_time)
-
-    def _on_time(self) -> None:
-        self._scheduled = False
-        self.flush()
-        self._schedule()  # the reader is slow: come back
-
-    def flush(self) -> None:
-        """Write what can be written now; lines that the file refuses are dropped and counted."""
-        while self._lines and (ready := self._poll.poll(0)):
-            if not self._fits(len(self._lines[0])) and not ready[0][1] & select.POLLERR:
-                return
-            piece = [self._lines.popleft()]
-            size = len(piece[0])
-            while self._lines and size + len(self._lines[0]) <= self._piece_size:
-                piece.append(self._lines.popleft())
-                size += len(piece[-1])
-            self._size -= size
-            try:
-                whole = os.write(self._fd, b"".join(piece)) == size
-            except OSError:  # ENOSPC, EPIPE: losing lines is better than losing connections
-                self._dropped(len(piece))
-            else:
-                if not whole:
-                    self._dropped(1)
-
-    def _fits(self, size: int) -> bool:
-        """Whether a line of this size can be written to a writable file without blocking."""
-        if size <= select.PIPE_BUF or not self._pipe_size:
-            return True
-        waiting = fcntl.ioctl(self._fd, termios.FIONREAD, bytes(4))
-        return not int.from_bytes(waiting, sys.byteorder)

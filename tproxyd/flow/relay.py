@@ -385,7 +385,7 @@ class Relay:
         )
 
     def cut(self, reason: CloseReason, detail: str = "") -> None:
-        """End it from outside (a drain deadline)."""
+        """End it from outside (a drain deadline, `tproxyd kill`)."""
         self._finish(reason, detail, aborted=True)
 
     def on_timer(self, now: float) -> None:

@@ -9,6 +9,7 @@ need a file per process. Pure.
 
 from __future__ import annotations
 
+import errno
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -44,6 +45,12 @@ BYTES = Metric(
     "tproxyd_bytes",
     Kind.COUNTER,
     "Payload bytes: received from downstream, sent to downstream. Added when a connection ends.",
+    ("direction",),
+)
+MOVED = Metric(
+    "tproxyd_bytes_moved",
+    Kind.COUNTER,
+    "Payload bytes, those of connections that are still open too; added once a second.",
     ("direction",),
 )
 HEADERS = Metric(
@@ -92,11 +99,18 @@ LOG_DROPPED = Metric(
     Kind.COUNTER,
     "Access-log lines that could not be written.",
 )
+LOG_FAILING = Metric(
+    "tproxyd_access_log_failing",
+    Kind.GAUGE,
+    "Workers that can't write the access log now, by why.",
+    ("cause",),
+)
 
 METRICS = (
     CONNECTIONS,
     ACTIVE,
     BYTES,
+    MOVED,
     HEADERS,
     CONNECT_SECONDS,
     PORT_RETRIES,
@@ -106,6 +120,7 @@ METRICS = (
     EJECTIONS,
     ACCEPT_PAUSES,
     LOG_DROPPED,
+    LOG_FAILING,
 )
 
 
@@ -126,6 +141,21 @@ class PortCause(StrEnum):
     NOT_AVAILABLE = "not_available"  # connect: EADDRNOTAVAIL, the tuple is in TIME_WAIT
     PRIVILEGED = "privileged"  # bind: EACCES, the client's own port is below 1024
     KERNEL_CHOICE = "kernel_choice"  # none of ours was free: the kernel chose
+
+
+class LogFailure(StrEnum):
+    NO_SPACE = "no_space"  # on the file system, or in the quota or limit of our user
+    NO_READER = "no_reader"  # the pipe's reader is gone, or nobody listens at the journal's socket
+    SLOW_READER = "slow_reader"  # it takes less than there is, and so much waits that more is lost
+    ERROR = "error"  # another: EIO, …
+
+    @classmethod
+    def of(cls, number: int | None) -> LogFailure:
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return cls.NO_SPACE
+        if number in (errno.EPIPE, errno.ECONNRESET, errno.ECONNREFUSED, errno.ENOENT):
+            return cls.NO_READER
+        return cls.SLOW_READER if number == errno.EAGAIN else cls.ERROR
 
 
 # Why a connection is not made as the client (policy.plan_for): the upstream has an address of the
@@ -171,6 +201,7 @@ def _cells(listeners: Iterable[str]) -> Iterator[Cell]:
             yield Cell(CONNECTIONS, (name, reason.value))
     for direction in ("received", "sent"):
         yield Cell(BYTES, (direction,))
+        yield Cell(MOVED, (direction,))
     for version in ("1", "2", "-"):  # "-": none was recognised
         for result in HeaderResult:
             yield Cell(HEADERS, (version, result.value))
@@ -185,6 +216,8 @@ def _cells(listeners: Iterable[str]) -> Iterator[Cell]:
     yield Cell(TLVS_LEFT_OUT, ())
     yield Cell(ACCEPT_PAUSES, ())
     yield Cell(LOG_DROPPED, ())
+    for failure in LogFailure:
+        yield Cell(LOG_FAILING, (failure.value,))
 
 
 def bucket(seconds: float) -> int:

@@ -1,7 +1,7 @@
-"""The admin endpoint: /livez, /readyz, /metrics and /status over HTTP/1.1, read-only.
+"""The admin endpoint: HTTP/1.1, read-only; what is at which path, proc/pages.py says.
 
-For probes, Prometheus and `tproxyd status`. It runs in the supervisor's loop and so must never
-hurt it: a request is a head of at most 8 KiB, sent within 5 seconds, on one of at most 64
+For probes, Prometheus, `tproxyd status` and browsers. It runs in the supervisor's loop and so must
+never hurt it: a request is a head of at most 8 KiB, sent within 5 seconds, on one of at most 64
 connections, answered once and closed; whatever goes wrong ends that connection and nothing else.
 
 Where all 64 are taken, it is the one that has been idle for longest that goes, and the newcomer is
@@ -15,23 +15,15 @@ No TLS and no authentication: it listens on 127.0.0.1 unless told otherwise, and
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import socket
-from collections.abc import Mapping
-from typing import Protocol
 
 from tproxyd.addr import Endpoint
 from tproxyd.errors import KernelError
+from tproxyd.proc.pages import Found, Provider, find
 
 log = logging.getLogger("tproxyd")
 
-PATHS = {
-    "/livez": "200 while the supervisor runs",
-    "/readyz": "200 when every worker accepts and the kernel state is as configured, else 503",
-    "/metrics": "for Prometheus",
-    "/status": "everything at once, as JSON",
-}
 # What Apache and nginx allow one line of a request; a probe's whole head has 200 bytes.
 MAX_HEAD = 8192
 # For the head to arrive, and again for the answer to be taken. Kubernetes gives up after 1 s,
@@ -49,19 +41,6 @@ BACKLOG = 1024
 _END = b"\r\n\r\n"
 _REASONS = {200: "OK", 400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed"}
 _REASONS |= {500: "Internal Server Error", 503: "Service Unavailable"}
-
-
-class Provider(Protocol):
-    """Who knows the answers; the supervisor."""
-
-    async def unready(self) -> list[str]:
-        """Why this daemon is not ready, a sentence each; empty when it is."""
-
-    async def status(self) -> Mapping[str, object]:
-        """What /status shows."""
-
-    def metrics(self) -> tuple[bytes, str]:
-        """The body of /metrics and its content type."""
 
 
 def open_socket(where: Endpoint) -> socket.socket:
@@ -161,28 +140,11 @@ class Server:
         if method not in (b"GET", b"HEAD"):
             return _plain(405, "only GET and HEAD are answered here", "Allow: GET, HEAD\r\n")
         try:
-            answer = await self._route(target.split(b"?", 1)[0].decode("latin-1"))
+            answer = _response(await find(self._provider, target.decode("latin-1")))
         except Exception:
             log.exception("the admin endpoint could not answer %r; this is a bug", target)
             answer = _plain(500, "this is a bug; the log of tproxyd says more")
         return answer.partition(_END)[0] + _END if method == b"HEAD" else answer
-
-    async def _route(self, path: str) -> bytes:
-        match path:
-            case "/livez":
-                return _plain(200, "ok")
-            case "/readyz":
-                reasons = await self._provider.unready()
-                return _plain(503, "\n".join(reasons)) if reasons else _plain(200, "ok")
-            case "/metrics":
-                body, kind = self._provider.metrics()
-                return _response(200, kind, body)
-            case "/status":
-                text = json.dumps(await self._provider.status(), indent=2) + "\n"
-                return _response(200, "application/json", text.encode())
-            case _:
-                known = "".join(f"\n  {each:<9} {what}" for each, what in PATHS.items())
-                return _plain(404, f"there is nothing at this path; there is:{known}")
 
 
 async def _read_head(reader: asyncio.StreamReader) -> bytes | None:
@@ -195,12 +157,12 @@ async def _read_head(reader: asyncio.StreamReader) -> bytes | None:
 
 
 def _plain(code: int, text: str, headers: str = "") -> bytes:
-    return _response(code, "text/plain; charset=utf-8", f"{text}\n".encode(), headers)
+    return _response(Found(code, f"{text}\n".encode(), headers=headers))
 
 
-def _response(code: int, kind: str, body: bytes, headers: str = "") -> bytes:
+def _response(found: Found) -> bytes:
     head = (
-        f"HTTP/1.1 {code} {_REASONS[code]}\r\nContent-Type: {kind}\r\n"
-        f"Content-Length: {len(body)}\r\nConnection: close\r\n{headers}\r\n"
+        f"HTTP/1.1 {found.code} {_REASONS[found.code]}\r\nContent-Type: {found.kind}\r\n"
+        f"Content-Length: {len(found.body)}\r\nConnection: close\r\n{found.headers}\r\n"
     )
-    return head.encode() + body
+    return head.encode() + found.body

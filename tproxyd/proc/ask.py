@@ -18,6 +18,7 @@ import socket
 import struct
 from typing import Any
 
+from tproxyd.addr import Endpoint
 from tproxyd.config import Config
 from tproxyd.errors import ConfigError, KernelError, Problem, TproxydError, Unreachable
 
@@ -26,7 +27,6 @@ Answer = dict[str, Any]
 
 # A thousand connections to end, by their ids, in one request.
 MAX_REQUEST = 64 * 1024
-# For an answer that is not worth waiting for: a stop, say, takes as long as the drain.
 TIMEOUT_S = 10.0
 
 
@@ -95,6 +95,43 @@ def ask(name: str, request: Request, timeout: float = TIMEOUT_S) -> Answer:
     if "error" in answer:
         raise _decoded(answer["error"])
     return answer
+
+
+# What there is to be seen ------------------------------------------------------------------------
+
+
+def look(config: Config, path: str, timeout: float = TIMEOUT_S) -> str:
+    """What the daemon has at `path` (proc/pages.py): from its admin endpoint, which everybody may
+    ask; where it has none, over the command socket.
+    """
+    if config.admin is not None:
+        return _get(config.admin, path, timeout)
+    answer = ask(name_of(config), {"verb": "get", "path": path}, timeout)
+    if answer["code"] != 200:
+        raise _unreachable(answer["body"].strip(), "is it of this version?")
+    return str(answer["body"])
+
+
+def _get(where: Endpoint, path: str, timeout: float) -> str:
+    """By HTTP, which is here too plain for http.client and its 17 ms."""
+    request = f"GET {path} HTTP/1.1\r\nHost: {where}\r\nConnection: close\r\n\r\n"
+    try:
+        with socket.create_connection(where, timeout=timeout) as sock:
+            sock.sendall(request.encode())
+            answer = b"".join(iter(lambda: sock.recv(1 << 18), b"")).decode()
+    except OSError as error:
+        why = "no answer" if isinstance(error, TimeoutError) else error.strerror
+        raise Unreachable(
+            f"can't ask the daemon at {where}: {why}; start it with tproxyd run,"
+            " or name its configuration with -c"
+        ) from None
+    head, _, body = answer.partition("\r\n\r\n")
+    if not head.startswith("HTTP/1.1 200 "):
+        first = head.partition("\r\n")[0] or "nothing"
+        raise Unreachable(
+            f"can't ask the daemon at {where}: it answered {first}; is that tproxyd? ss -ltnp"
+        )
+    return body
 
 
 def _all_of(sock: socket.socket) -> bytes:

@@ -20,12 +20,15 @@ from tproxyd.flow.tally import (
     FALLBACKS,
     HEADERS,
     LOG_DROPPED,
+    LOG_FAILING,
+    MOVED,
     PORT_RETRIES,
     RETRIES,
     SOURCE_FALLBACKS,
     TLVS_LEFT_OUT,
     HeaderResult,
     Layout,
+    LogFailure,
     PortCause,
     bucket,
 )
@@ -60,6 +63,10 @@ class Counting:
     def count_log_dropped(self, lines: int) -> None:
         self._row[self._cells.log_dropped] += lines
 
+    def log_fails(self, why: LogFailure | None) -> None:
+        for cause, cell in self._cells.log_failing.items():
+            self._row[cell] = cause is why
+
 
 class Cells:
     """Where each count of this worker stands in its row: Layout's answers, looked up once."""
@@ -74,6 +81,7 @@ class Cells:
         self.taken = (*self.active, *(cell for each in self.ended for cell in each.values()))
         self.received = at(BYTES, "received")
         self.sent = at(BYTES, "sent")
+        self.moved = at(MOVED, "received"), at(MOVED, "sent")
         self.headers = {
             (version, result): at(HEADERS, version, result.value)
             for version in ("1", "2", "-")
@@ -89,3 +97,4 @@ class Cells:
         self.accept_pauses = at(ACCEPT_PAUSES)
         self.left_out = at(TLVS_LEFT_OUT)
         self.log_dropped = at(LOG_DROPPED)
+        self.log_failing = {cause: at(LOG_FAILING, cause.value) for cause in LogFailure}

@@ -11,20 +11,28 @@ inside the parent's event loop, with the parent's sockets. So, in this order:
 - every file descriptor but the kept ones is closed, whoever opened it: the epoll and wake-up pair
   of the loop, admin connections, the other children's control sockets. Above all those: a child
   learns of the supervisor's death by EOF on its own, and a copy in a sibling would hide it;
-- signals have their defaults again, but SIGTERM and SIGINT are ignored: Ctrl-C and systemd's
-  KillMode=control-group reach every process at once, and what a child should do at a stop, and
-  when, the supervisor tells it over its socket.
+- signals have their defaults again, but those that ask the supervisor for something are ignored:
+  Ctrl-C, KillMode=control-group and `systemctl kill -s USR1` reach every process at once, and what
+  a child should do, and when, the supervisor tells it over its socket.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Callable, Iterable
+
+log = logging.getLogger("tproxyd")
+
+# To stop, to read the configuration, to open the access log anew, to begin anew itself.
+FOR_THE_SUPERVISOR = (
+    *(signal.SIGTERM, signal.SIGINT),
+    *(signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2),
+)
 
 EXIT_BUG = 70  # an exception nobody expected: EX_SOFTWARE of sysexits.h
 
@@ -56,7 +64,7 @@ def fork(body: Callable[[], None], keep: Iterable[int]) -> int:
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else EXIT_BUG
     except BaseException:
-        traceback.print_exc()
+        log.critical("a process of ours ends by a bug", exc_info=True)
     finally:
         _flush()
         os._exit(code)  # neither atexit nor the parent's finally blocks are ours to run
@@ -77,12 +85,13 @@ def _default_signals() -> None:
         # SIGPIPE and SIGXFSZ stay ignored, as in every Python: their errno says it better.
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in FOR_THE_SUPERVISOR:
+        signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 def _flush() -> None:
+    logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # whoever read it is gone
             stream.flush()

@@ -2,7 +2,8 @@
 
 What a worker does not take now, because it is busy or stopped and its queue is full, waits here and
 is sent as soon as it can be; of words that begin alike only the newest waits, so a worker gets the
-newest list of upstreams, and a stop that comes after a hundred of them is not lost.
+newest list of upstreams, and a stop that comes after a hundred of them is not lost. A word may have
+an open file with it (SCM_RIGHTS): a duplicate waits with the word, so the caller may close its own.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import errno
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 log = logging.getLogger("tproxyd")
 
@@ -30,20 +32,22 @@ class Control:
         sock.setblocking(False)
         self._loop, self._heard = loop, heard
         self._sock: socket.socket | None = sock
-        self._unsaid: list[str] = []
+        self._unsaid: list[_Unsaid] = []
         loop.add_reader(sock, self.read)
 
-    def say(self, word: str) -> None:
+    def say(self, word: str, fd: int | None = None) -> None:
+        if self._sock is None:
+            return
         kind = word.partition(" ")[0]
-        self._unsaid = [each for each in self._unsaid if each.partition(" ")[0] != kind]
-        self._unsaid.append(word)
+        self._forget(each for each in self._unsaid if each.word.partition(" ")[0] == kind)
+        self._unsaid.append(_Unsaid(word, () if fd is None else (os.dup(fd),)))
         self._send()
 
     def read(self) -> None:
         """Everything that it has said up to now."""
         while self._sock is not None:
             try:
-                words = self._sock.recv(4096).decode(errors="replace")
+                words = self._sock.recv(MAX_WORD).decode(errors="replace")
             except BlockingIOError:
                 return
             except OSError:
@@ -59,22 +63,38 @@ class Control:
             self._loop.remove_writer(self._sock)
             self._sock.close()
             self._sock = None
+        self._forget(self._unsaid)
+
+    def _forget(self, words: Iterable[_Unsaid]) -> None:
+        for each in list(words):
+            self._unsaid.remove(each)
+            for fd in each.fds:
+                os.close(fd)
 
     def _send(self) -> None:
         while self._unsaid and self._sock is not None:
-            data = f"{self._unsaid[0]}\n".encode()
+            first = self._unsaid[0]
+            data = f"{first.word}\n".encode()
             try:
                 if len(data) > MAX_WORD:
                     raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
-                self._sock.send(data)
+                if first.fds:
+                    socket.send_fds(self._sock, [data], first.fds)
+                else:
+                    self._sock.send(data)
             except BlockingIOError:
                 self._loop.add_writer(self._sock, self._send)
                 return
             except OSError as error:
                 if error.errno != errno.EMSGSIZE:
-                    self._unsaid.clear()  # it is dying: SIGCHLD comes next
+                    self._forget(self._unsaid)  # it is dying: SIGCHLD comes next
                     break
-                log.error("a worker can't be told this, %d bytes: %.40s…", len(data), data.decode())
-            del self._unsaid[0]
+                log.error("a worker can't be told this, %d bytes: %.40s…", len(data), first.word)
+            self._forget((first,))
         if self._sock is not None:
             self._loop.remove_writer(self._sock)
+
+
+class _Unsaid(NamedTuple):
+    word: str
+    fds: tuple[int, ...]

@@ -74,8 +74,8 @@ class Totals:
         """Its workers are gone."""
         self._pages.remove(page)
         for cell, value in zip(page.layout.cells, page.sums(), strict=True):
-            if cell.metric.kind is not Kind.GAUGE:
-                self._base[cell] = self._base.get(cell, 0) + value
+            left = 0 if cell.metric.kind is Kind.GAUGE else value
+            self._base[cell] = self._base.get(cell, 0) + left
 
     def samples(self) -> dict[str, Samples]:
         """By metric name; those of the newest configuration first."""

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from tproxyd.addr import Endpoint
 from tproxyd.config import Config
 from tproxyd.errors import KernelError
-from tproxyd.proc import admin
+from tproxyd.proc import admin, pages
 from tproxyd.proc.ask import name_of
 from tproxyd.proc.commands import CommandServer, Handler
 
@@ -25,7 +25,7 @@ class Endpoints:
     def __init__(
         self,
         config: Config,
-        provider: admin.Provider,
+        provider: pages.Provider,
         handlers: Mapping[str, Handler],
         inherited: socket.socket | None = None,
     ) -> None:

@@ -30,6 +30,7 @@ from tproxyd.config import Config, PerClient
 from tproxyd.errors import KernelError
 from tproxyd.flow.tally import ACTIVE, Layout
 from tproxyd.proc import child, counters, watchdog
+from tproxyd.proc.accesslog import AccessLog
 from tproxyd.proc.clients import ClientTables
 from tproxyd.proc.control import Control
 from tproxyd.proc.sockets import Listeners
@@ -73,9 +74,9 @@ class Slot:
         self.restart: asyncio.TimerHandle | None = None
         self.last_words = ""  # what the worker said about its own failure
 
-    def say(self, word: str) -> None:
+    def say(self, word: str, fd: int | None = None) -> None:
         if self.control is not None:
-            self.control.say(word)
+            self.control.say(word, fd)
 
 
 class Generation:
@@ -87,7 +88,7 @@ class Generation:
         config: Config,
         worker: Callable[[WorkerSpec], None],
         listeners: list[Listeners],
-        access_log: int | None,
+        access_log: AccessLog,
         files: int,
         heard: Callable[[int, str], bool],
     ) -> None:
@@ -95,6 +96,8 @@ class Generation:
 
         `heard` gets the pid and each word of a worker's first, and says whether it was for others.
         """
+        access_log.tell = self.tell
+        self.access_log = access_log
         self.number, self.config = number, config
         self.slots = [Slot(i, each) for i, each in enumerate(listeners)]
         self.page = counters.Page(Layout(config), len(listeners))
@@ -102,7 +105,7 @@ class Generation:
         self.restarts = 0
         self.leaving = False
         self.gone = asyncio.Event()  # leaving, and no worker is left
-        self._worker, self._access_log, self._others_heard = worker, access_log, heard
+        self._worker, self._others_heard = worker, heard
         self._clients: ClientTables | None = None
         if any(each.per_client != PerClient() for each in config.listeners):
             self._clients = ClientTables(len(listeners), files // 2)
@@ -150,13 +153,13 @@ class Generation:
             listeners=slot.listeners,
             rows=self.page.rows,
             control=theirs,
-            access_log=self._access_log,
+            access_log=self.access_log.fd,
             upstreams=self.upstreams.picture,
             clients=self._clients,
         )
         keep = [theirs.fileno(), *(sock.fileno() for _, sock in slot.listeners)]
-        if self._access_log is not None:
-            keep.append(self._access_log)
+        if self.access_log.fd is not None:
+            keep.append(self.access_log.fd)
         slot.births += 1
         slot.started_at = time.monotonic()
         slot.started = datetime.now(UTC).isoformat(timespec="seconds")
@@ -184,9 +187,9 @@ class Generation:
         elif words.startswith("failed: "):
             slot.last_words = words.removeprefix("failed: ").strip()
 
-    def tell(self, word: str) -> None:
+    def tell(self, word: str, fd: int | None = None) -> None:
         for slot in self.slots:
-            slot.say(word)
+            slot.say(word, fd)
 
     # Workers that end ---------------------------------------------------------------------------
 
@@ -272,8 +275,7 @@ class Generation:
                 with suppress(ProcessLookupError):
                     os.kill(slot.pid, signal.SIGKILL)
         await first_of(GRACE_S, self.gone)  # only a process stuck in the kernel survives this
-        if self._access_log is not None and self._access_log > 2:
-            os.close(self._access_log)
+        self.access_log.close()
 
     def _note_if_gone(self) -> None:
         if not any(slot.pid for slot in self.slots):

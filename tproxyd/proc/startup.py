@@ -1,7 +1,6 @@
 """What the supervisor does to its own process before anything else, and how old it is.
 
-Its libraries without OpenSSL, its log, its limit of open files, and the access log, which is opened
-while it may be: workers give up the right to.
+Its libraries without OpenSSL, its log, its limit of open files.
 """
 
 from __future__ import annotations
@@ -13,7 +12,10 @@ import sys
 import time
 import types
 
-from tproxyd.errors import KernelError
+from tproxyd.config import LogFormat
+from tproxyd.proc import daemonlog
+
+log = logging.getLogger("tproxyd")
 
 
 def age_ms() -> int:
@@ -54,38 +56,15 @@ def raise_file_limit() -> int:
     return hard
 
 
-def open_access_log(where: str) -> int | None:
-    """A file descriptor, opened before the workers give up the right to open it."""
-    if where in ("", "-"):
-        return None if where == "" else 1
-    try:
-        return os.open(where, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640)
-    except OSError as error:
-        raise KernelError(
-            f"open the access log {where}",
-            (error.strerror or str(error)).lower(),
-            'choose another path in log.access, "-" for stdout, or "" for none',
-        ) from error
+def log_to_stderr(form: LogFormat = LogFormat.TEXT) -> None:
+    """Our own log: one line each, or one JSON object."""
+    logging.getLogger().addHandler(daemonlog.Handler(form))
+    log.setLevel(logging.INFO)
 
 
-def log_to_stderr() -> None:
-    """Our own log: one line each; with the level that journald reads where it is listening."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Format("tproxyd: %(message)s"))
-    logging.getLogger().addHandler(handler)
-    logging.getLogger("tproxyd").setLevel(logging.INFO)
-
-
-class _Format(logging.Formatter):
-    _LEVELS = ((logging.ERROR, "<3>"), (logging.WARNING, "<4>"), (logging.INFO, "<6>"))
-
-    def __init__(self, form: str) -> None:
-        super().__init__(form)
-        info = os.fstat(2)
-        self._journal = os.environ.get("JOURNAL_STREAM") == f"{info.st_dev}:{info.st_ino}"
-
-    def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        if not self._journal:
-            return text
-        return next((p for level, p in self._LEVELS if record.levelno >= level), "<7>") + text
+def say(error: Exception) -> bool:
+    """Say it in our log; whether there is one."""
+    if not any(isinstance(each, daemonlog.Handler) for each in logging.getLogger().handlers):
+        return False
+    log.error("%s", error)
+    return True

@@ -7,14 +7,17 @@ listener does, which the log uses at the start. Pure.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TypedDict
 
 from tproxyd.addr import Endpoint
 from tproxyd.config import Intercept, Listener, Scope, Via
 from tproxyd.flow.tally import ACTIVE, CONNECT_SECONDS, CONNECTIONS, METRICS, Kind
+from tproxyd.proc import figures
 from tproxyd.proc.counters import Histogram, Samples
+from tproxyd.proc.figures import columns
 from tproxyd.proc.picture import Entry, Health
+from tproxyd.proc.rows import Listing, Row
 from tproxyd.reader import EVERY_PORT, PortRanges
 
 
@@ -61,6 +64,17 @@ class ConnectionsPart(TypedDict):
     by_close_reason: dict[str, int]
 
 
+class RatesPart(TypedDict):
+    """Per second, over the last `over_s` seconds."""
+
+    over_s: float  # 0: there are no two samples yet
+    connections: float  # begun
+    failed: float
+    received: float  # bytes
+    sent: float
+    connect_ms: float | None  # how long an upstream took, on average; None: none was connected
+
+
 class KernelPart(TypedDict):
     state: str  # "ok", "drift", "not installed", "unknown"
     detail: list[str]
@@ -78,6 +92,7 @@ class Snapshot(TypedDict):
     listeners: list[ListenerPart]
     workers: list[WorkerPart]
     connections: ConnectionsPart
+    rates: RatesPart
     counters: dict[str, object]
     kernel: KernelPart
 
@@ -180,14 +195,47 @@ def _ports(ranges: PortRanges) -> str:
 # Drawing ----------------------------------------------------------------------------------------
 
 
-def draw(s: Snapshot) -> str:
+def draw(s: Snapshot, listing: Listing | None = None) -> str:
     """The screen of `tproxyd status`; what never happened is left out."""
-    return "".join(f"{line}\n" for line in _lines(s))
+    lines = [*_lines(s), *(_listed(listing) if listing is not None else ())]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _listed(listing: Listing) -> Iterator[str]:
+    yield ""
+    rows = listing["connections"]
+    yield f"open connections: {len(rows)} of {listing['open']}, by {listing['sort']}"
+    yield from silence(listing)
+    if rows:
+        head = ["ID", "LISTENER", "CLIENT", "VIA", "UPSTREAM", "AS", "STATE"]
+        numbers = ["IN", "OUT", "RATE", "AGE", "IDLE", "RTT"]
+        cells = [[*_names(row), *_numbers(row)] for row in rows]
+        yield from columns([*head, *numbers], cells, range(len(head), len(head) + len(numbers)))
+
+
+def silence(listing: Listing) -> list[str]:
+    """Which workers did not tell of theirs."""
+    return [f"  worker {pid} does not answer: its own are missing" for pid in listing["silent"]]
+
+
+def _names(row: Row) -> list[str]:
+    upstream, source = row["upstream"] or row["destination"] or "-", row["source"] or "-"
+    return [
+        *(row["id"], row["listener"], row["client"], row["peer"] or "-"),
+        *(upstream, source, row["state"]),
+    ]
+
+
+def _numbers(row: Row) -> list[str]:
+    return [
+        *(figures.size(row["received"]), figures.size(row["sent"]), figures.rate(row["rate"])),
+        *(figures.age(row["age_s"]), figures.age(row["idle_s"]), figures.rtt(row["rtt_us"])),
+    ]
 
 
 def _lines(s: Snapshot) -> Iterator[str]:
     state = "ready" if s["ready"] else "not ready"
-    yield f"tproxyd {s['version']}, {state}, pid {s['pid']}, up {_duration(s['uptime_s'])}"
+    yield f"tproxyd {s['version']}, {state}, pid {s['pid']}, up {figures.duration(s['uptime_s'])}"
     yield from (f"  {reason}" for reason in s["not_ready_because"])
     if s["reload"]["error"]:
         yield f"  the reload of {s['reload']['last']} failed; the configuration of before goes on:"
@@ -199,18 +247,18 @@ def _lines(s: Snapshot) -> Iterator[str]:
     yield f"kernel state: {kernel['state']}{by}{'' if ago is None else f' ({ago:.0f} s ago)'}"
     yield from (f"  {sentence}" for sentence in kernel["detail"])
     yield ""
-    yield from _columns(
+    yield from columns(
         ["LISTENER", "PORT", "FAMILIES", "TAKES"],
         [
-            [each["name"], f"{each['port']}", "+".join(each["families"]), _takes(each)]
+            [each["name"], f"{each['port']}", "+".join(each["families"]), takes(each)]
             for each in s["listeners"]
         ],
     )
     yield ""
-    if rows := [row for each in s["listeners"] for row in _upstreams(each)]:
-        yield from _columns(["LISTENER", "UPSTREAM", "ADDRESS", "HEALTH"], rows)
+    if rows := [row for each in s["listeners"] for row in upstreams(each)]:
+        yield from columns(["LISTENER", "UPSTREAM", "ADDRESS", "HEALTH"], rows)
         yield ""
-    yield from _columns(
+    yield from columns(
         ["WORKER", "PID", "STATE", "CONNECTIONS", "STARTED"],
         [
             [f"{w['slot']}", f"{w['pid'] or '-'}", w["state"], f"{w['active']}", w["started"]]
@@ -221,6 +269,11 @@ def _lines(s: Snapshot) -> Iterator[str]:
     connections = s["connections"]
     yield f"connections: {connections['active']} open, {connections['total']} ended"
     yield from _counts(connections["by_close_reason"])
+    if (rates := s["rates"])["over_s"]:
+        yield (
+            f"in the last {rates['over_s']:.0f} s: {figures.number(rates['connections'])} new/s,"
+            f" {figures.rate(rates['received'])} in, {figures.rate(rates['sent'])} out"
+        )
     seconds = s["counters"][CONNECT_SECONDS.name]
     assert isinstance(seconds, dict)
     if seconds["count"]:
@@ -242,13 +295,13 @@ def _lines(s: Snapshot) -> Iterator[str]:
                 yield from _counts(flat)
 
 
-def _takes(listener: ListenerPart) -> str:
+def takes(listener: ListenerPart) -> str:
     text = listener["intercept"] or str(Endpoint(listener["bind"], listener["port"]))
     to = ", ".join(each["upstream"] for each in listener["upstreams"])
     return f"{text} → {to}" if to else text
 
 
-def _upstreams(listener: ListenerPart) -> Iterator[list[str]]:
+def upstreams(listener: ListenerPart) -> Iterator[list[str]]:
     """A row for each address, and for what is wrong."""
     name, usable = listener["name"], False
     for each in listener["upstreams"]:
@@ -278,20 +331,3 @@ def _counts(counts: dict[str, int]) -> Iterator[str]:
     numbers = max((len(str(count)) for count in shown.values()), default=0)
     for name, count in shown.items():
         yield f"  {name:<{names}}  {count:>{numbers}}"
-
-
-def _columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    for row in (head, *rows):
-        cells = (f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
-        yield "  ".join(cells).rstrip()
-
-
-def _duration(seconds: float) -> str:
-    minutes, s = divmod(int(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    days, h = divmod(hours, 24)
-    parts = [(days, "d"), (h, "h"), (m, "min"), (s, "s")]
-    while len(parts) > 1 and not parts[0][0]:
-        parts.pop(0)
-    return " ".join(f"{number} {unit}" for number, unit in parts[:2])

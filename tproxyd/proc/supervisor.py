@@ -32,19 +32,23 @@ import socket
 import time
 from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING
 
 from tproxyd import __version__
 from tproxyd.config import Config
 from tproxyd.errors import ConfigError, KernelError, Problem, TproxydError
-from tproxyd.proc import counters, status, systemd, upgrade
+from tproxyd.proc import connections, counters, pages, status, systemd, upgrade
+from tproxyd.proc.accesslog import FOLLOW_EVERY_S, AccessLog, Losses
+from tproxyd.proc.answers import Answers, Standing
 from tproxyd.proc.ask import Answer, Request
 from tproxyd.proc.commands import Handler
+from tproxyd.proc.connections import Connections
 from tproxyd.proc.endpoints import Endpoints
 from tproxyd.proc.generation import Generation, ending_of, kill_hung
-from tproxyd.proc.reconciler import Reconciler, State, load_to_install
+from tproxyd.proc.reconciler import Reconciler, load_to_install
 from tproxyd.proc.sockets import Listening, Sockets
-from tproxyd.proc.startup import age_ms, log_to_stderr, open_access_log, raise_file_limit
+from tproxyd.proc.startup import age_ms, log_to_stderr, raise_file_limit
 from tproxyd.proc.upstreams import FIRST_S
 from tproxyd.proc.watchdog import Watchdog
 
@@ -88,6 +92,11 @@ class Supervisor:
         self._born = 0
         self._retired: dict[Generation, asyncio.Task[None]] = {}
         self._totals = counters.Totals()
+        self._losses = Losses()
+        self._live = Connections(
+            lambda: [(s.pid, s.say) for g in self._generations() for s in g.slots if s.pid]
+        )
+        self._answers = Answers(self._standing, kernel, self._totals, self._live)
         self._restarts = 0  # of workers of generations that are gone
         self._endpoints: Endpoints | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -113,6 +122,8 @@ class Supervisor:
         if self._command is None:
             self._loop.add_signal_handler(signal.SIGHUP, self._begin, self.reload)
             self._loop.add_signal_handler(signal.SIGUSR2, self._begin, self.upgrade)
+            # Those of `exec` are CMD's; a file that moves is noticed by itself, too.
+            self._loop.add_signal_handler(signal.SIGUSR1, self._reopen_logs)
         self._loop.add_signal_handler(signal.SIGCHLD, self._reap)
         self._reap()  # the reconciler may have ended before there was a handler
         try:
@@ -126,9 +137,10 @@ class Supervisor:
         finally:
             await self._end()
             # A signal that came while the loop closes would be written to a closed wake-up socket.
-            for number in (*signals, signal.SIGHUP, signal.SIGUSR2, signal.SIGCHLD):
+            ours = (*signals, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+            for number in (*ours, signal.SIGCHLD):
                 self._loop.remove_signal_handler(number)
-            for number in (*signals, signal.SIGHUP, signal.SIGUSR2):
+            for number in ours:
                 signal.signal(number, signal.SIG_IGN)
 
     # Start --------------------------------------------------------------------------------------
@@ -136,6 +148,7 @@ class Supervisor:
     async def _start(self) -> None:
         self._files = raise_file_limit()
         generation = self._generation = self._beget(self._config)
+        self._tasks.append(self._loop.create_task(self._answers.history.run()))
         endpoints = self._endpoints = self._open_endpoints(self._config, self._inheritance.admin)
         if self._inheritance.predecessor is None:
             await endpoints.serve()
@@ -161,6 +174,7 @@ class Supervisor:
         systemd.notify("READY=1", "STATUS=Serving")
         log.info("ready in %d ms", age_ms())
         self._tasks.append(self._loop.create_task(self._watch_kernel()))
+        self._tasks.append(self._loop.create_task(self._watch_logs()))
         self._tasks.append(self._loop.create_task(self._watchdog.run()))
         if self._command is not None:
             for _ in range(3):  # a signal that came before is heard first: wake-up, reader, handler
@@ -170,13 +184,12 @@ class Supervisor:
 
     def _beget(self, config: Config) -> Generation:
         """A generation for this configuration, with its sockets; no worker yet. KernelError."""
-        access_log = open_access_log(config.log.access)
+        access_log = AccessLog(config.log.access)
         try:
             slots = config.workers or len(os.sched_getaffinity(0))
             listeners = self._sockets.assign(config, slots)
         except BaseException:
-            if access_log is not None and access_log > 2:
-                os.close(access_log)
+            access_log.close()
             raise
         self._born += 1
         generation = Generation(
@@ -186,18 +199,27 @@ class Supervisor:
             listeners,
             access_log,
             self._files,
-            heard=self._watchdog.heard,
+            heard=self._heard,
         )
         self._totals.add(generation.page)
         generation.upstreams.start()
         return generation
 
+    def _heard(self, pid: int, words: str) -> bool:
+        """Whether this word of a worker's was not for its generation."""
+        if words.startswith(connections.WORD):
+            self._live.heard(pid, words)
+            return True
+        return self._watchdog.heard(pid, words)
+
     def _open_endpoints(self, config: Config, inherited: socket.socket | None = None) -> Endpoints:
-        commands = {
+        commands: dict[str, Handler] = {
             "reload": self._command_for(self.reload),
             "upgrade": self._command_for(self.upgrade),
+            "kill": self._live.on_kill,
+            "get": partial(pages.get, self._answers),
         }
-        return Endpoints(config, self, commands, inherited)
+        return Endpoints(config, self._answers, commands, inherited)
 
     def _describe(self, generation: Generation) -> None:
         config = generation.config
@@ -213,6 +235,19 @@ class Supervisor:
         while True:
             await self._kernel.check()
             await asyncio.sleep(CHECK_EVERY_S)
+
+    async def _watch_logs(self) -> None:
+        while True:
+            await asyncio.sleep(FOLLOW_EVERY_S)
+            for generation in self._generations():
+                generation.access_log.follow()
+            self._losses.look(self._totals.samples())
+            for handler in logging.getLogger().handlers:
+                handler.flush()  # what the reader of our own log had not taken
+
+    def _reopen_logs(self) -> None:
+        for generation in self._generations():
+            generation.access_log.reopen()
 
     # Changes ------------------------------------------------------------------------------------
 
@@ -374,6 +409,7 @@ class Supervisor:
                 self._reaped(ended[0], os.waitstatus_to_exitcode(ended[1]))
 
     def _reaped(self, pid: int, code: int) -> None:
+        self._live.gone(pid)
         if any(each.reaped(pid, code) for each in self._generations()):
             return
         if self._command is not None and self._command.reaped(pid, code):
@@ -421,6 +457,8 @@ class Supervisor:
             except KernelError as error:
                 log.error("%s", error)
         await self._end_workers()
+        if self._generation is not None:
+            self._losses.end(self._totals.samples())
         if installed:
             try:
                 await self._kernel.clean()
@@ -449,71 +487,9 @@ class Supervisor:
             self._retired[generation] = self._loop.create_task(self._bury(generation, seconds))
         await asyncio.gather(*self._retired.values())
 
-    # What the admin endpoint asks (admin.Provider) ----------------------------------------------
-
-    async def unready(self) -> list[str]:
-        if self._ending:
-            return ["stopping"]
-        reasons = [] if self._ready else ["starting"]
-        reasons += self._serving().unready()
-        verdict = await self._kernel.check()
-        if verdict.state is State.NOT_INSTALLED:
-            reasons.append("kernel state: not installed")
-        elif verdict.state is State.DRIFT:
-            reasons.append(f"kernel state: drift; to do: {'; '.join(verdict.detail)}")
-        return reasons
-
-    async def status(self) -> status.Snapshot:
-        reasons = await self.unready()
-        verdict, now = self._kernel.verdict, time.monotonic()
-        counted, generation = self._totals.samples(), self._serving()
-        return {
-            "version": __version__,
-            "pid": os.getpid(),
-            "uptime_s": round(age_ms() / 1000, 1),
-            "ready": not reasons,
-            "not_ready_because": reasons,
-            "reload": self._reload,
-            "listeners": [
-                status.listener_part(
-                    listener, generation.families(i), generation.upstreams.entries(i)
-                )
-                for i, listener in enumerate(generation.config.listeners)
-            ],
-            "workers": [
-                {
-                    "slot": slot.number,
-                    "generation": each.number,
-                    "pid": slot.pid,
-                    "state": slot.state,
-                    "active": each.active(slot),
-                    "started": slot.started,
-                }
-                for each in self._generations()
-                for slot in each.slots
-                if slot.pid or each is generation
-            ],
-            "connections": status.connections_part(counted),
-            "counters": status.counters_part(counted),
-            "kernel": {
-                "state": verdict.state,
-                "detail": list(verdict.detail),
-                "return_path": verdict.return_path,
-                "checked_s_ago": (round(now - verdict.read_at, 1) if verdict.read_at > 0 else None),
-            },
-        }
-
-    def metrics(self) -> tuple[bytes, str]:
-        generation = self._serving()
-        own = counters.Own(
-            workers=len(generation.ready()),
-            worker_restarts=self._restarts + sum(each.restarts for each in self._generations()),
-            kernel_drift=self._kernel.drifts,
-            upstreams=generation.upstreams.counts(),
-            reloads=(self._reload["done"], self._reload["failed"]),
-            reload_failed=bool(self._reload["error"]),
-        )
-        return counters.exposition(self._totals, own)
+    def _standing(self) -> Standing:
+        phase = "stopping" if self._ending else "ready" if self._ready else "starting"
+        return Standing(phase, self._generations(), self._restarts, self._reload)
 
 
 def _check_change(old: Config, new: Config) -> None:
@@ -542,7 +518,7 @@ def serve(
     keep_sockets: bool = False,
 ) -> None:
     """`tproxyd run` and `exec`: returns when stopped by a signal, or by the end of the command."""
-    log_to_stderr()
+    log_to_stderr(config.log.daemon_format)
     inheritance = upgrade.Inheritance()
     kernel = Reconciler(config)
     kernel.fork(load_to_install if install else None)

@@ -20,6 +20,9 @@ FIRST_FD = 3  # SD_LISTEN_FDS_START, sd_listen_fds(3)
 # SCM_MAX_FD, include/net/scm.h: more in one message are EINVAL.
 _MOST_FDS = 253
 
+# Where the journal takes entries in its own protocol (flow/journal.py), from everybody.
+JOURNAL_SOCKET = "/run/systemd/journal/socket"
+
 
 def notify(*assignments: str, files: Sequence[socket.socket] = ()) -> bool:
     """Send "READY=1", "STATUS=…", "STOPPING=1" or "WATCHDOG=1"; whether systemd took it."""

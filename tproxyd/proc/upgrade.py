@@ -141,7 +141,7 @@ def _execute(files: Sequence[tuple[str, socket.socket]]) -> None:
     }
     if "WATCHDOG_PID" in environment:
         environment["WATCHDOG_PID"] = str(os.getpid())
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):
+    for number in (*child.FOR_THE_SUPERVISOR, signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)
     path, argv = program(sys.executable, sys.orig_argv)
     try:

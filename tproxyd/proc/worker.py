@@ -36,7 +36,7 @@ from tproxyd.flow.connect import NO_FILES, Sockets
 from tproxyd.flow.connection import Lane, serve
 from tproxyd.flow.engine import Engine
 from tproxyd.flow.origdst import original_destination, redirected_destination
-from tproxyd.flow.record import LineWriter, Record, formatter
+from tproxyd.flow.record import Record
 from tproxyd.flow.relay import Limits
 from tproxyd.flow.stream import Stream
 from tproxyd.flow.tally import Layout
@@ -53,6 +53,8 @@ from tproxyd.proc import privileges, watchdog
 from tproxyd.proc.cells import Cells, Counting
 from tproxyd.proc.clients import ClientTables
 from tproxyd.proc.control import MAX_WORD
+from tproxyd.proc.lister import Lister, Meter
+from tproxyd.proc.workerlog import WorkerLog
 
 log = logging.getLogger(__name__)
 
@@ -140,12 +142,7 @@ class Worker(Sockets, Counting):
         self._row = spec.rows[spec.slot]
         self._cells = Cells(Layout(config), config)
         self._rows = spec.rows
-        self._format = formatter(config.log.format)
-        self._log = (
-            LineWriter(spec.access_log, loop.call_later, self.count_log_dropped)
-            if spec.access_log is not None
-            else None
-        )
+        self._log = WorkerLog(config.log, spec.access_log, loop.call_later, self)
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         free = soft - _RESERVED_FILES - len(spec.listeners)
         self._capacity = max(1, free // 2)  # connections: two sockets each
@@ -159,6 +156,8 @@ class Worker(Sockets, Counting):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         spec.control.setblocking(False)
+        self._lister = Lister(self.engine, loop, spec.control)
+        self._meter = Meter(self.engine, self._row, self._cells, loop)
         loop.add_reader(spec.control.fileno(), self._on_control)
 
     def _lane(self, index: int) -> Lane:
@@ -186,8 +185,8 @@ class Worker(Sockets, Counting):
         return host[0] == "/" or self._kinds.kind(host) == "own"
 
     def finish(self) -> None:
-        if self._log is not None:
-            self._log.flush()
+        self._meter.count()
+        self._log.close()
         self.engine.close()
         self._kinds.close()
         super().finish()
@@ -252,7 +251,7 @@ class Worker(Sockets, Counting):
 
     def _on_control(self) -> None:
         try:
-            data = self._spec.control.recv(MAX_WORD)
+            data, fds, _, _ = socket.recv_fds(self._spec.control, MAX_WORD, 1)
         except BlockingIOError:
             return
         except OSError:
@@ -262,8 +261,12 @@ class Worker(Sockets, Counting):
             with contextlib.suppress(OSError):
                 self._spec.control.send(self._pulse())
             return
+        if self._lister.hears(data):
+            return
         verb, *words = data.decode().split(" ", 1)
-        if verb == "upstreams":
+        if verb == "log\n":
+            self._log.use(fds)
+        elif verb == "upstreams":
             for index, upstreams in json.loads(words[0]).items():
                 cluster = self._lanes[int(index)].cluster
                 assert cluster is not None, "only a listener with a list hears of upstreams"
@@ -375,8 +378,8 @@ class Worker(Sockets, Counting):
         row[cells.ended[lane.index][life.reason]] += 1
         row[cells.received] += life.received
         row[cells.sent] += life.sent
-        if self._log is not None:
-            self._log.write(self._format(life, time.monotonic()))
+        if self._log.tell is not None:
+            self._log.tell(life)
         self._active -= 1
         if not self._listening:
             self._resume_accepting()

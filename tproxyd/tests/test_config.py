@@ -301,6 +301,8 @@ TOP = [
     ("log = []", "log", "[] is not a table"),
     ("[log]\naccess = true", "log.access", "true is not a text in quotes"),
     ('[log]\nformat = "xml"', "log.format", '"xml" is not one of: json, text'),
+    ("[log]\ndaemon_format = 1", "log.daemon_format", "1 is not"),
+    ('[log]\naccess = "journal"\nformat = "json"', "log.format", "means nothing in the journal"),
     ("listener = []", "listener", "there must be at least one [[listener]]"),
     ("listener = 1", "listener", "is not a list of tables; write [[listener]] above each"),
     ("[listener]\nport = 1", "listener", "is not a list of tables"),
@@ -469,7 +471,7 @@ def test_a_bad_value(text: str, path: str, why: str) -> None:
         ("[[listeners]]", "listeners", 'did you mean "listener"?'),
         ("zzz = 1", "zzz", "known: rules, log, listener, mark, table, workers, admin"),
         ('[rules]\nbackends = "nft"', "rules.backends", 'did you mean "backend"?'),
-        ('[log]\nfile = "x"', "log.file", "known: access, format"),
+        ('[log]\nfile = "x"', "log.file", "known: access, format, daemon_format"),
         ("[[listener]]\nidle_timeout = 5", "listener[0].idle_timeout", '"idle_timeout_s"?'),
         (
             "[[listener]]\nintercept.exclude_port = [1]",

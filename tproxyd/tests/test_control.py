@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import Iterator
 
@@ -78,3 +79,68 @@ def test_what_a_worker_says_is_heard_up_to_its_end(line: Line) -> None:
     control.read()
     control.say("drain")
     loop.run_until_complete(asyncio.sleep(0))
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_a_file_goes_with_a_word(line: Line) -> None:
+    _, control, theirs, _ = line
+    before = open_files()
+    reader, writer = os.pipe()
+    control.say("log", writer)
+    os.close(writer)
+    data, (fd,), _, _ = socket.recv_fds(theirs, 100, 1)
+    assert data == b"log\n"
+    os.write(fd, b"x")
+    assert os.read(reader, 10) == b"x"
+    os.close(fd)
+    os.close(reader)
+    assert open_files() == before
+
+
+def test_the_newest_file_waits_for_a_worker_that_is_busy(line: Line) -> None:
+    """And no other stays open; the caller has closed its own meanwhile."""
+    loop, control, theirs, _ = line
+    before = open_files()
+    for _ in range(2000):
+        control.say("cut")
+    for i in range(5):
+        reader, writer = os.pipe()
+        os.write(writer, b"%d" % i)
+        control.say("log", reader)
+        os.close(reader)
+        os.close(writer)
+    assert open_files() == before + 1
+
+    async def newest() -> int:
+        theirs.setblocking(False)
+        async with asyncio.timeout(PATIENCE_S):
+            while True:
+                try:
+                    data, fds, _, _ = socket.recv_fds(theirs, 100, 1)
+                except BlockingIOError:
+                    await asyncio.sleep(0)
+                    continue
+                if data == b"log\n":
+                    return fds[0]
+
+    fd = loop.run_until_complete(newest())
+    assert os.read(fd, 10) == b"4"
+    os.close(fd)
+    assert open_files() == before
+
+
+def test_a_file_for_a_worker_that_is_gone_is_closed(line: Line) -> None:
+    _, control, _, _ = line
+    before = open_files()
+    for _ in range(2000):
+        control.say("cut")
+    with socket.socket() as file:
+        control.say("log", file.fileno())
+    control.close()
+    assert open_files() == before - 1  # the socket itself
+    with socket.socket() as file:
+        control.say("log", file.fileno())
+    assert open_files() == before - 1

@@ -37,6 +37,7 @@ def test_every_one_is_heard() -> None:
         "TPROXYD_RULES_RETURN_PATH": "conntrack",
         "TPROXYD_LOG_ACCESS": "/log",
         "TPROXYD_LOG_FORMAT": "text",
+        "TPROXYD_LOG_DAEMON_FORMAT": "json",
         "TPROXYD_PORT": "15007",
         "TPROXYD_PORTS": "80, 443, 8000-8100",
         "TPROXYD_EXCLUDE_PORTS": "8080",
@@ -53,7 +54,7 @@ def test_every_one_is_heard() -> None:
         admin = "0.0.0.0:9134"
         drain_timeout_s = 2.5
         rules = { backend = "nft", return_path = "conntrack" }
-        log = { access = "/log", format = "text" }
+        log = { access = "/log", format = "text", daemon_format = "json" }
         [[listener]]
         port = 15007
         intercept.ports = [80, 443, "8000-8100"]
@@ -75,7 +76,7 @@ def test_every_one_is_heard() -> None:
         admin = ""
         drain_timeout_s = 4
         rules = { backend = "auto", return_path = "accept-mark" }
-        log = { access = "-", format = "json" }
+        log = { access = "-", format = "json", daemon_format = "text" }
         [[listener]]
         port = 5
         intercept = { ports = [6], exclude_ports = [7], interfaces = ["eth8"] }

@@ -1,0 +1,115 @@
+"""What a running daemon says of itself, at its admin endpoint and its command socket.
+
+It reads what the supervisor and its parts hold, and changes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from tproxyd import __version__
+from tproxyd.proc import counters, status
+from tproxyd.proc.connections import Connections
+from tproxyd.proc.generation import Generation
+from tproxyd.proc.history import History, HistoryPart
+from tproxyd.proc.reconciler import Reconciler, State
+from tproxyd.proc.rows import Listing, Sort
+from tproxyd.proc.startup import age_ms
+
+
+class Standing(NamedTuple):
+    """Where the supervisor is in its life."""
+
+    phase: str  # "starting", "ready", "stopping"
+    generations: list[Generation]  # the one that serves, then those that retire
+    restarts: int  # of workers, of generations that are gone
+    reload: status.ReloadPart
+
+
+class Answers:
+    """pages.Provider."""
+
+    def __init__(
+        self,
+        standing: Callable[[], Standing],
+        kernel: Reconciler,
+        totals: counters.Totals,
+        live: Connections,
+    ) -> None:
+        self._standing, self._kernel, self._totals, self._live = standing, kernel, totals, live
+        self.history = History(totals.samples)
+
+    async def unready(self) -> list[str]:
+        now = self._standing()
+        if now.phase == "stopping":
+            return ["stopping"]
+        reasons = [] if now.phase == "ready" else ["starting"]
+        reasons += now.generations[0].unready()
+        verdict = await self._kernel.check()
+        if verdict.state is State.NOT_INSTALLED:
+            reasons.append("kernel state: not installed")
+        elif verdict.state is State.DRIFT:
+            reasons.append(f"kernel state: drift; to do: {'; '.join(verdict.detail)}")
+        return reasons
+
+    async def status(self) -> status.Snapshot:
+        reasons = await self.unready()
+        verdict, now = self._kernel.verdict, time.monotonic()
+        counted, standing = self._totals.samples(), self._standing()
+        serving = standing.generations[0]
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "uptime_s": round(age_ms() / 1000, 1),
+            "ready": not reasons,
+            "not_ready_because": reasons,
+            "reload": standing.reload,
+            "listeners": [
+                status.listener_part(listener, serving.families(i), serving.upstreams.entries(i))
+                for i, listener in enumerate(serving.config.listeners)
+            ],
+            "workers": [
+                {
+                    "slot": slot.number,
+                    "generation": each.number,
+                    "pid": slot.pid,
+                    "state": slot.state,
+                    "active": each.active(slot),
+                    "started": slot.started,
+                }
+                for each in standing.generations
+                for slot in each.slots
+                if slot.pid or each is serving
+            ],
+            "connections": status.connections_part(counted),
+            "rates": self.history.rates(),
+            "counters": status.counters_part(counted),
+            "kernel": {
+                "state": verdict.state,
+                "detail": list(verdict.detail),
+                "return_path": verdict.return_path,
+                "checked_s_ago": (round(now - verdict.read_at, 1) if verdict.read_at > 0 else None),
+            },
+        }
+
+    async def open_connections(self, sort: Sort, limit: int) -> Listing:
+        return await self._live.listing(sort, limit)
+
+    def past(self, after: int) -> HistoryPart:
+        return self.history.part(after)
+
+    def metrics(self) -> tuple[bytes, str]:
+        standing = self._standing()
+        serving = standing.generations[0]
+        own = counters.Own(
+            workers=len(serving.ready()),
+            worker_restarts=standing.restarts + sum(g.restarts for g in standing.generations),
+            kernel_drift=self._kernel.drifts,
+            upstreams=serving.upstreams.counts(),
+            reloads=(standing.reload["done"], standing.reload["failed"]),
+            reload_failed=bool(standing.reload["error"]),
+        )
+        return counters.exposition(self._totals, own)
