@@ -1,5 +1,5 @@
 """Short connections by the tens of thousands leave nothing behind: memory, files, sockets and
-conntrack entries return to where they were. TPROXYD_FAULTS_FULL=1 makes it a million."""
+conntrack entries return to where they were. FAULTS_FULL=1 makes it a million."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lib.programs import running
 from lib.topology import PORT, Topology
 from lib.waits import wait_for
 
-FULL = os.environ.get("TPROXYD_FAULTS_FULL") == "1"
+FULL = os.environ.get("FAULTS_FULL") == "1"
 COUNT = 1_000_000 if FULL else 15_000
 WARM_UP = 4_000  # arenas, caches of addresses, the crowd's 64 sockets
 AT_ONCE = 64
