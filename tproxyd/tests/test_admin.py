@@ -11,7 +11,8 @@ import pytest
 
 from tproxyd.addr import Endpoint
 from tproxyd.errors import KernelError
-from tproxyd.proc import admin
+from tproxyd.proc import admin, pages
+from tproxyd.proc.rows import Sort
 
 GET = b"GET /livez HTTP/1.1\r\n\r\n"
 LOOPBACK = Endpoint("127.0.0.1", 0)
@@ -27,6 +28,12 @@ class Provider:
 
     async def status(self) -> Mapping[str, object]:
         return {"ready": True}
+
+    async def open_connections(self, sort: Sort, limit: int) -> Mapping[str, object]:
+        return {"sort": sort, "limit": limit}
+
+    def past(self, after: int) -> Mapping[str, object]:
+        return {"after": after}
 
     def metrics(self) -> tuple[bytes, str]:
         if self.broken:
