@@ -11,7 +11,7 @@ import pytest
 
 from tproxyd.addr import Endpoint
 from tproxyd.errors import KernelError
-from tproxyd.proc import admin, pages
+from tproxyd.proc import admin
 from tproxyd.proc.rows import Sort
 
 GET = b"GET /livez HTTP/1.1\r\n\r\n"
