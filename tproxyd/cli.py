@@ -371,7 +371,7 @@ def top(args: argparse.Namespace) -> int:
     try:
         from tproxyd.proc import top
     except ModuleNotFoundError as error:
-        if error.name != "rich":
+        if (error.name or "").partition(".")[0] != "rich":
             raise
         raise Unreachable(
             "can't draw top: the package rich is not installed; try pip install 'tproxyd[top]',"

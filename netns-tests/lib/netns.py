@@ -39,11 +39,17 @@ def run(*argv: str, stdin: str | None = None) -> str:
 
 
 class Namespace:
-    """One network namespace, named after its role and this process, with lo up."""
+    """One network namespace, named after its role and this process, with lo up.
 
-    def __init__(self, role: str) -> None:
+    A new one; or that of the process `of`, which then has a name here for as long as the test.
+    """
+
+    def __init__(self, role: str, of: int | None = None) -> None:
         self.name = f"tproxyd-{os.getpid()}-{next(_serial)}-{role}"
-        run("ip", "netns", "add", self.name)
+        if of is None:
+            run("ip", "netns", "add", self.name)
+        else:
+            run("ip", "netns", "attach", self.name, str(of))
         self._inside = ThreadPoolExecutor(1, self.name, initializer=self._enter)
         self.ip("link set lo up")
         # Duplicate address detection would keep new IPv6 addresses unusable for a second.

@@ -78,15 +78,19 @@ class Pair(NamedTuple):
 
 
 class Topology:
-    """`with Topology() as net:`; everything it made, sockets too, is gone afterwards."""
+    """`with Topology() as net:`; everything it made, sockets too, is gone afterwards.
 
-    def __init__(self) -> None:
+    `pod` may be a namespace that there is already: of a container, say.
+    """
+
+    def __init__(self, pod: Namespace | None = None) -> None:
+        self._given = pod
         self._exit = contextlib.ExitStack()
 
     def __enter__(self) -> Topology:
         try:
             self.client = self._exit.enter_context(Namespace("client"))
-            self.pod = self._exit.enter_context(Namespace("pod"))
+            self.pod = self._given or self._exit.enter_context(Namespace("pod"))
             self._join(self.client, "c0", self.pod, "p0", V4.client, V4.pod, V6.client, V6.pod)
         except BaseException:
             self._exit.close()

@@ -69,7 +69,7 @@ class RatesPart(TypedDict):
 
     over_s: float  # 0: there are no two samples yet
     connections: float  # begun
-    failed: float
+    failed: float  # ended without having reached an upstream
     received: float  # bytes
     sent: float
     connect_ms: float | None  # how long an upstream took, on average; None: none was connected

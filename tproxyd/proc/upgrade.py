@@ -143,11 +143,23 @@ def _execute(files: Sequence[tuple[str, socket.socket]]) -> None:
         environment["WATCHDOG_PID"] = str(os.getpid())
     for number in (*child.FOR_THE_SUPERVISOR, signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)
+    path, argv = program(sys.executable, sys.orig_argv)
     try:
-        os.execve(sys.executable, sys.orig_argv, environment)
+        os.execve(path, argv, environment)
     except OSError as error:
-        sys.stderr.write(f"tproxyd: can't run {sys.executable}: {error.strerror}\n")
+        sys.stderr.write(f"tproxyd: can't run {path}: {error.strerror}\n")
         sys.exit(127)
+
+
+def program(interpreter: str, argv: Sequence[str]) -> tuple[str, list[str]]:
+    """What to execute, and how, to get the program as it is installed now.
+
+    A script is run by its own first line, not by our interpreter: that of another version may lie
+    elsewhere (scripts/install gives each a virtual environment), and ours would find our modules.
+    """
+    if len(argv) > 1 and argv[1][:1] != "-" and os.access(argv[1], os.X_OK):
+        return argv[1], list(argv[1:])
+    return interpreter, list(argv)
 
 
 # The successor's side -----------------------------------------------------------------------------

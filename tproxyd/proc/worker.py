@@ -34,7 +34,7 @@ from tproxyd.flow.balance import Cluster
 from tproxyd.flow.clients import ClientCounts
 from tproxyd.flow.connect import NO_FILES, Sockets
 from tproxyd.flow.connection import Lane, serve
-from tproxyd.flow.engine import Engine
+from tproxyd.flow.engine import Engine, give_up
 from tproxyd.flow.origdst import original_destination, redirected_destination
 from tproxyd.flow.record import Record
 from tproxyd.flow.relay import Limits
@@ -356,33 +356,36 @@ class Worker(Sockets, Counting):
         self, lane: Lane, life: Record, downstream: Stream, upstream: Stream | None, aborted: bool
     ) -> None:
         """Close, count and log: the last thing that happens to every connection, exactly once."""
-        try:  # not contextlib.suppress: 0.5 µs
-            life.rtt_us, life.retransmits = rtt_and_retransmits(downstream)
-        except OSError:
-            life.rtt_us = 0  # it is no longer connected enough to tell
-        forget = self.engine.forget
-        for stream in (downstream, upstream):
-            if stream is not None:
-                if aborted:
-                    reset_on_close(stream)
-                forget(stream)
-                stream.close()
-        if lane.cluster is not None and upstream is not None:
-            assert life.upstream is not None
-            lane.cluster.left(life.upstream)
-        if lane.counts_clients and life.client is not None:
-            self._leave(lane, life.client, life.reason)
-        row, cells = self._row, self._cells
-        row[cells.active[lane.index]] -= 1
-        row[cells.ended[lane.index][life.reason]] += 1
-        row[cells.received] += life.received
-        row[cells.sent] += life.sent
-        if self._log.tell is not None:
-            self._log.tell(life)
-        self._active -= 1
-        if not self._listening:
-            self._resume_accepting()
-            self._leave_if_done()
+        try:
+            try:  # not contextlib.suppress: 0.5 µs
+                life.rtt_us, life.retransmits = rtt_and_retransmits(downstream)
+            except OSError:
+                life.rtt_us = 0  # it is no longer connected enough to tell
+            forget = self.engine.forget
+            for stream in (downstream, upstream):
+                if stream is not None:
+                    if aborted:
+                        reset_on_close(stream)
+                    forget(stream)
+                    stream.close()
+            if lane.cluster is not None and upstream is not None:
+                assert life.upstream is not None
+                lane.cluster.left(life.upstream)
+            if lane.counts_clients and life.client is not None:
+                self._leave(lane, life.client, life.reason)
+            row, cells = self._row, self._cells
+            row[cells.active[lane.index]] -= 1
+            row[cells.ended[lane.index][life.reason]] += 1
+            row[cells.received] += life.received
+            row[cells.sent] += life.sent
+            if self._log.tell is not None:
+                self._log.tell(life)
+            self._active -= 1
+            if not self._listening:
+                self._resume_accepting()
+                self._leave_if_done()
+        except MemoryError:
+            give_up()  # half of this may be done
 
 
 def _any_plan(spoof: bool) -> policy.Plan:
