@@ -8,7 +8,7 @@ The last one is Istio's tool of that name, with its flags, its messages and its 
 Exit codes, given in one place (`main`): 0 fine; 1 a problem found; 2 usage or configuration; 3 the
 kernel refused. An expected failure is one sentence on stderr, "can't <do>: <why>; <what to try>",
 and never a traceback. What a command needs it imports itself: `tproxyd check` answers in tens of
-milliseconds because neither pyroute2 nor uvloop is ever loaded for it.
+milliseconds because neither uvloop nor ctypes is ever loaded for it.
 """
 
 from __future__ import annotations
@@ -103,10 +103,18 @@ def _arguments() -> argparse.ArgumentParser:
         )
         return each
 
-    command(run, "serve in the foreground").add_argument(
+    kept = command(run, "serve in the foreground").add_mutually_exclusive_group()
+    kept.add_argument(
         "--install",
         action="store_true",
-        help="make the kernel state once the workers accept, and remove it at the end",
+        help="make the kernel state once the workers accept, heal it whenever another program"
+        " changes it, and remove it at the end",
+    )
+    kept.add_argument(
+        "--guard",
+        action="store_true",
+        help="heal the kernel state that `tproxyd install` has made, and leave it at the end;"
+        " without either of these two, drift is only reported",
     )
     beside = command(exec, "serve, and run a program beside it, with whose exit code it ends")
     beside.add_argument(
@@ -153,7 +161,7 @@ def run(args: argparse.Namespace) -> int:
     startup.do_without_openssl()  # which importing the supervisor would load
     from tproxyd.proc import supervisor
 
-    supervisor.serve(config, install=args.install)
+    supervisor.serve(config, install=args.install, guard=args.guard)
     return FINE
 
 
@@ -176,8 +184,9 @@ def exec(args: argparse.Namespace) -> int:
 
 def install(args: argparse.Namespace) -> int:
     config = _with_backend(args)
-    from tproxyd.kernel import reconcile
+    from tproxyd.kernel import claim, reconcile
 
+    claim.refuse_beside("install the kernel state")
     report = reconcile.install(config)
     for line in (*report.changed, *report.notes) if report.changed else ("nothing to change",):
         print(line)
@@ -188,8 +197,9 @@ def clean(_: argparse.Namespace) -> int:
     """The configuration is not read: what is ours says so itself, and a broken file must not
     keep anybody from removing it.
     """
-    from tproxyd.kernel import reconcile
+    from tproxyd.kernel import claim, reconcile
 
+    claim.refuse_beside("remove the kernel state")
     for line in reconcile.clean().changed or ("nothing to remove",):
         print(line)
     return FINE

@@ -19,6 +19,7 @@ started for each call when the library is missing, takes 10 to 30. Facts:
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -27,9 +28,11 @@ from typing import Protocol
 
 from tproxyd import linux
 from tproxyd.errors import KernelError
-from tproxyd.kernel.firewall import Firewall
+from tproxyd.kernel.firewall import Firewall, Unknown
 from tproxyd.kernel.nftjson import Listing, lists_our_table, parse
-from tproxyd.kernel.nftlang import TABLE, render
+from tproxyd.kernel.nftlang import MEANWHILE, TABLE, render
+from tproxyd.kernel.nftowner import Owner, Refused, Wire
+from tproxyd.kernel.ownership import Own
 
 LIBRARY = "libnftables.so.1"
 _INSTALL = "install it: apt install libnftables1 (or nftables)"
@@ -48,6 +51,21 @@ class Nft:
     def __init__(self, library: str = LIBRARY) -> None:
         self._name = library
         self._tool: _Tool | None = None
+        self._owner: Owner | None = None
+
+    def own(self, how: Own) -> None:
+        """From now on the table is written as our own; with Own.NOT it is given up, and stands."""
+        if self._owner is not None and self._owner.how is not how:
+            self._owner.release()
+            self._owner = None
+        if how is not Own.NOT and self._owner is None:
+            action = f"own the nft table inet {TABLE}"
+            _may_talk(action)
+            tool = self._find()
+            if not isinstance(tool, _Library):
+                why = f"{tool} ends with each command, and its ownership with it"
+                raise KernelError(action, why, _INSTALL + ', or set guard = "none"')
+            self._owner = Owner(tool.context(), how, self._ask)
 
     def probe(self) -> str:
         """Which tool will be used; KernelError where there is none."""
@@ -56,13 +74,37 @@ class Nft:
     def read(self) -> Firewall:
         """What our table holds; () where it is not there."""
         action = f"read the nft table inet {TABLE}"
-        if not lists_our_table(self._ask(action, "list tables inet")):
-            return ()
-        return parse(self._ask(action, f"list table inet {TABLE}"))
+        listed = self._ask(action, "list tables inet")
+        stray = (Unknown(f"table {MEANWHILE}"),) if lists_our_table(listed, MEANWHILE) else ()
+        if not lists_our_table(listed):
+            return stray
+        if self._owner is not None and not self._owner.owns():
+            stray = (*stray, Unknown("a table that is not our own"))
+        listing = self._ask(action, f"list table inet {TABLE}")
+        for entry in listing:
+            # Who owns it is no part of what it does. (nft 1.0.6 lists a single flag wrongly, as
+            # the table's name, so the kernel is asked whether that is one that matters.)
+            if "flags" in entry.get("table", ()) and not self._is_asleep():
+                del entry["table"]["flags"]
+        return (*parse(listing), *stray)
+
+    def _is_asleep(self) -> bool:
+        with contextlib.closing(Wire()) as wire:
+            described = wire.look()
+        return described is not None and described.asleep
 
     def apply(self, firewall: Firewall) -> None:
         """Make the table hold exactly this; () removes it."""
-        self._run(f"write the nft table inet {TABLE}", render(firewall), answer=False)
+        action = f"write the nft table inet {TABLE}"
+        if self._owner is not None:
+            try:
+                self._owner.write(firewall)
+            except Refused as refusal:
+                raise _refusal(action, refusal) from None
+        else:
+            self._run(action, render(firewall), answer=False)
+        if lists_our_table(self._ask(action, "list tables inet"), MEANWHILE):
+            self._run(action, f"delete table inet {MEANWHILE}\n", answer=False)
 
     def others(self, ip: str) -> list[tuple[str, str]]:
         """The tables of family `ip` or `ip6`, and their chains: those of iptables-nft among them.
@@ -101,10 +143,8 @@ class Nft:
         tool = self._find()
         try:
             return tool.run(script, answer)
-        except _Refused as refusal:
-            lines = str(refusal).strip().splitlines() or ["no reason given"]
-            hint = f"is `nft` here at least 1.0.1, and does the kernel have {_MODULES}?"
-            raise KernelError(action, lines[0].removeprefix("Error: "), hint) from None
+        except Refused as refusal:
+            raise _refusal(action, refusal) from None
 
     def _find(self) -> _Tool:
         if self._tool is None:
@@ -113,6 +153,14 @@ class Nft:
             except OSError as error:
                 self._tool = _command(str(error))
         return self._tool
+
+
+def _refusal(action: str, refusal: Refused) -> KernelError:
+    lines = str(refusal).strip().splitlines() or ["no reason given"]
+    hint = f"is `nft` here at least 1.0.1, and does the kernel have {_MODULES}?"
+    if "Operation not permitted" in lines[0]:
+        hint = f"another process owns that table: stop it (nft list table inet {TABLE} names it)"
+    return KernelError(action, lines[0].removeprefix("Error: "), hint)
 
 
 def _command(missing: str) -> _Command:
@@ -136,10 +184,6 @@ def _may_talk(action: str) -> None:
 
 
 # The two tools ------------------------------------------------------------------------------------
-
-
-class _Refused(Exception):
-    """nft said no; its words."""
 
 
 class _Tool(Protocol):
@@ -168,21 +212,42 @@ class _Library:
     def __str__(self) -> str:
         return self._name
 
+    def context(self) -> _Context:
+        """One that is kept, with its socket."""
+        return _Context(self._library)
+
     def run(self, script: str, answer: bool) -> str:
-        library = self._library
         # A context for each run: it caches what it has seen of the kernel, and holds a socket.
-        context = library.nft_ctx_new(0)
+        context = self.context()
         try:
-            library.nft_ctx_buffer_output(context)
-            library.nft_ctx_buffer_error(context)
-            library.nft_ctx_output_set_flags(context, _OUTPUT_JSON if answer else 0)
-            failed = library.nft_run_cmd_from_buffer(context, script.encode())
-            output: bytes = library.nft_ctx_get_output_buffer(context)
-            if failed:
-                raise _Refused(library.nft_ctx_get_error_buffer(context).decode(errors="replace"))
-            return output.decode()
+            return context.run(script, answer)
         finally:
-            library.nft_ctx_free(context)
+            context.close()
+
+
+class _Context:
+    """struct nft_ctx, and the netlink socket that it opens."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        # It does not tell its socket; it is the lowest number that is free.
+        self.fd = os.open("/", os.O_PATH | os.O_CLOEXEC)
+        os.close(self.fd)
+        self._library = library
+        self._context = library.nft_ctx_new(0)
+        library.nft_ctx_buffer_output(self._context)
+        library.nft_ctx_buffer_error(self._context)
+
+    def run(self, script: str, answer: bool = False) -> str:
+        library, context = self._library, self._context
+        library.nft_ctx_output_set_flags(context, _OUTPUT_JSON if answer else 0)
+        failed = library.nft_run_cmd_from_buffer(context, script.encode())
+        output: bytes = library.nft_ctx_get_output_buffer(context)
+        if failed:
+            raise Refused(library.nft_ctx_get_error_buffer(context).decode(errors="replace"))
+        return output.decode()
+
+    def close(self) -> None:
+        self._library.nft_ctx_free(self._context)
 
 
 class _Command:
@@ -208,5 +273,5 @@ class _Command:
             env={**os.environ, "LC_ALL": "C"},
         )
         if done.returncode != 0:
-            raise _Refused(done.stderr)
+            raise Refused(done.stderr)
         return done.stdout

@@ -59,9 +59,9 @@ from tproxyd.reader import merge_ranges
 Listing = list[dict[str, Any]]
 
 
-def lists_our_table(listing: Listing) -> bool:
+def lists_our_table(listing: Listing, name: str = TABLE) -> bool:
     return any(
-        isinstance(entry.get("table"), dict) and entry["table"].get("name") == TABLE
+        isinstance(entry.get("table"), dict) and entry["table"].get("name") == name
         for entry in listing
     )
 

@@ -38,7 +38,7 @@ from tproxyd.flow.tally import ACTIVE, Layout
 from tproxyd.proc import admin, child, counters, status, systemd
 from tproxyd.proc.clients import ClientTables
 from tproxyd.proc.control import Control
-from tproxyd.proc.reconciler import Reconciler, State, load_to_install
+from tproxyd.proc.reconciler import Reconciler
 from tproxyd.proc.startup import age_ms, log_to_stderr, open_access_log, raise_file_limit
 from tproxyd.proc.upstreams import FIRST_S, Upstreams
 
@@ -100,11 +100,12 @@ class Supervisor:
         kernel: Reconciler,
         *,
         install: bool,
+        guard: bool = False,
         worker: Callable[[WorkerSpec], None],
         open_listeners: Callable[[Config], Listeners],
         command: Command | None = None,
     ) -> None:
-        self._config, self._install, self._kernel = config, install, kernel
+        self._config, self._install, self._guard, self._kernel = config, install, guard, kernel
         self._command = command
         self._worker, self._open_listeners = worker, open_listeners
         self._upstreams = Upstreams(config, self._tell_workers)
@@ -147,6 +148,8 @@ class Supervisor:
 
     async def _start(self) -> None:
         files = raise_file_limit()
+        if self._install or self._guard:
+            await self._kernel.claim()
         self._upstreams.start()
         self._access_log = open_access_log(self._config.log.access)
         number_of_slots = self._config.workers or len(os.sched_getaffinity(0))
@@ -177,6 +180,8 @@ class Supervisor:
             self._installed = True  # from here on there may be something to remove
             for note in (await self._kernel.install()).notes:
                 log.info("%s", note)
+        elif self._guard:
+            await self._kernel.guard()
         self._ready = True
         systemd.notify("READY=1", "STATUS=Serving")
         log.info("ready in %d ms", age_ms())
@@ -389,16 +394,13 @@ class Supervisor:
             for slot in self._slots
             if slot.state is not SlotState.READY
         ]
-        verdict = await self._kernel.check()
-        if verdict.state is State.NOT_INSTALLED:
-            reasons.append("kernel state: not installed")
-        elif verdict.state is State.DRIFT:
-            reasons.append(f"kernel state: drift; to do: {'; '.join(verdict.detail)}")
+        if why := (await self._kernel.check()).unready:
+            reasons.append(why)
         return reasons
 
     async def status(self) -> status.Snapshot:
         reasons = await self.unready()
-        verdict, now = self._kernel.verdict, time.monotonic()
+        now = time.monotonic()
         counted = counters.samples(self._page.layout.cells, self._page.sums())
         return {
             "version": __version__,
@@ -422,17 +424,14 @@ class Supervisor:
             ],
             "connections": status.connections_part(counted),
             "counters": status.counters_part(counted),
-            "kernel": {
-                "state": verdict.state,
-                "detail": list(verdict.detail),
-                "return_path": verdict.return_path,
-                "checked_s_ago": (round(now - verdict.read_at, 1) if verdict.read_at > 0 else None),
-            },
+            "kernel": status.kernel_part(self._kernel.verdict, self._kernel.heals, now),
         }
 
     def metrics(self) -> tuple[bytes, str]:
         ready = sum(slot.state is SlotState.READY for slot in self._slots)
-        own = counters.Own(ready, self._restarts, self._kernel.drifts, self._upstreams.counts())
+        heals = self._kernel.heals.counts()
+        upstreams = self._upstreams.counts()
+        own = counters.Own(ready, self._restarts, self._kernel.drifts, upstreams, heals)
         return counters.exposition(self._page, own)
 
 
@@ -457,12 +456,14 @@ def _ending_of(code: int) -> str:
     return f"ended with exit status {code}"
 
 
-def serve(config: Config, *, install: bool, command: Command | None = None) -> None:
+def serve(
+    config: Config, *, install: bool, guard: bool = False, command: Command | None = None
+) -> None:
     """`tproxyd run` and `exec`: returns when stopped by a signal, or by the end of the command."""
     log_to_stderr()
     kernel = Reconciler(config)
-    kernel.fork(load_to_install if install else None)
-    # uvloop and the data plane, imported only now: its child imports pyroute2 at the same time.
+    kernel.fork()
+    # uvloop and the data plane, imported only now: its child imports the control plane meanwhile.
     from tproxyd.flow.listen import open_listeners
     from tproxyd.proc.worker import run
 
@@ -470,6 +471,7 @@ def serve(config: Config, *, install: bool, command: Command | None = None) -> N
         config,
         kernel,
         install=install,
+        guard=guard,
         worker=run,
         open_listeners=open_listeners,
         command=command,

@@ -46,6 +46,7 @@ from tproxyd.kernel.firewall import (
 from tproxyd.kernel.nft import Nft
 from tproxyd.kernel.nftjson import lists_our_table, parse
 from tproxyd.kernel.nftlang import render
+from tproxyd.kernel.nftowner import Refused
 from tproxyd.kernel.state import KernelState, diff
 
 DATA = Path(__file__).parent / "data"
@@ -422,7 +423,7 @@ def test_an_nft_that_speaks_no_json(answer: str) -> None:
 def test_a_refusal_is_told_in_nfts_first_line(monkeypatch: pytest.MonkeyPatch) -> None:
     class Refusing:
         def run(self, script: str, answer: bool) -> str:
-            raise nft._Refused("Error: Could not process rule: No such file\nadd rule\n    ^^^\n")
+            raise Refused("Error: Could not process rule: No such file\nadd rule\n    ^^^\n")
 
     backend = Nft()
     backend._tool = Refusing()
