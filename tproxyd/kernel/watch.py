@@ -87,8 +87,9 @@ class Watch:
 
     def read(self) -> News:
         """Everything that has come, without waiting."""
-        concerns_us = routing = lost = False
+        concerns_us = lost = False
         authors: dict[str, None] = {}
+        ports: set[int] = set()  # of those who have written to the routes
         for sock in self.sockets():
             for data in _datagrams(sock):
                 if data is None:
@@ -98,10 +99,10 @@ class Watch:
                         concerns_us = True
                         authors[author] = None
                 else:
-                    for author in self._of_routing(data):
-                        concerns_us = routing = True
-                        authors[author] = None
-        return News(concerns_us or lost, routing, lost, tuple(filter(None, authors)))
+                    ports.update(self._of_routing(data))
+        authors |= dict.fromkeys(map(process, sorted(ports)))
+        concerns_us = concerns_us or lost or bool(ports)
+        return News(concerns_us, bool(ports), lost, tuple(filter(None, authors)))
 
     def _of_nft(self, data: bytes) -> Iterator[str]:
         """Who made each transaction that concerns us."""
@@ -118,14 +119,15 @@ class Watch:
                 pid = int.from_bytes(values.get(_GEN_PROC_PID, b""), "big") or port
                 yield process(pid, values.get(_GEN_PROC_NAME, b"").rstrip(b"\0").decode())
 
-    def _of_routing(self, data: bytes) -> Iterator[str]:
+    def _of_routing(self, data: bytes) -> Iterator[int]:
+        """Who wrote what concerns us, by port."""
         for kind, port, body in _messages(data):
             if kind in (netlink.RTM_NEWROUTE, netlink.RTM_DELROUTE):
                 item = netlink.item(body)
                 table = item.number(netlink.TABLE) or item.table
                 if table != self._table and item.protocol not in NUMBERS:
                     continue
-            yield process(port)
+            yield port
 
 
 def _socket(protocol: int, groups: tuple[int, ...], buffer: int) -> socket.socket:
