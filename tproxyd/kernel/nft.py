@@ -10,8 +10,8 @@ started for each call when the library is missing, takes 10 to 30. Facts:
   there or not (nft ≥ 1.0.1). The script needs newlines; the library takes no `; }` on one line.
 - Only our table is ever listed. Older nft crashes on expressions that a newer one has put into
   somebody else's table.
-- Whether our table is there is asked with `list tables inet`: an error would have to be understood
-  by its English text, since libnftables reports no errno.
+- Whether our table is there is asked without nft (nfnetlink.py): its errors would have to be
+  understood by their English text, since libnftables reports no errno.
 - libnftables calls exit() when it gets no netlink socket, and writes to stderr when it lacks
   CAP_NET_ADMIN (being root is not needed). Both are looked at first.
 - A script is not read from stdin together with `nft -j`: it comes back without an answer.
@@ -19,19 +19,21 @@ started for each call when the library is missing, takes 10 to 30. Facts:
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import json
 import os
 import socket
+from collections.abc import Callable
 from typing import Protocol
 
 from tproxyd import linux
 from tproxyd.errors import KernelError
+from tproxyd.kernel import nfnetlink
 from tproxyd.kernel.firewall import Firewall, Unknown
-from tproxyd.kernel.nftjson import Listing, lists_our_table, parse
+from tproxyd.kernel.nfnetlink import Described, Refused
+from tproxyd.kernel.nftjson import Listing, parse
 from tproxyd.kernel.nftlang import MEANWHILE, TABLE, render
-from tproxyd.kernel.nftowner import Owner, Refused, Wire
+from tproxyd.kernel.nftowner import Owner
 from tproxyd.kernel.ownership import Own
 
 LIBRARY = "libnftables.so.1"
@@ -41,6 +43,7 @@ _MODULES = (
     " nft_chain_nat"
 )
 
+_FAMILIES = {"inet": 1, "ip": 2, "ip6": 10}  # include/uapi/linux/netfilter.h, NFPROTO_*
 _NETLINK_NETFILTER = 12  # include/uapi/linux/netlink.h
 _OUTPUT_JSON = 1 << 4  # nftables/libnftables.h, NFT_CTX_OUTPUT_JSON
 
@@ -48,8 +51,12 @@ _OUTPUT_JSON = 1 << 4  # nftables/libnftables.h, NFT_CTX_OUTPUT_JSON
 class Nft:
     """The backend. One tool is looked for on first use and kept; not for use by two threads."""
 
-    def __init__(self, library: str = LIBRARY) -> None:
-        self._name = library
+    def __init__(
+        self,
+        library: str = LIBRARY,
+        tables: Callable[[int], dict[str, Described]] = nfnetlink.tables,
+    ) -> None:
+        self._name, self._tables = library, tables
         self._tool: _Tool | None = None
         self._owner: Owner | None = None
 
@@ -65,7 +72,7 @@ class Nft:
             if not isinstance(tool, _Library):
                 why = f"{tool} ends with each command, and its ownership with it"
                 raise KernelError(action, why, _INSTALL + ', or set guard = "none"')
-            self._owner = Owner(tool.context(), how, self._ask)
+            self._owner = Owner(tool.context(), how, self._only_chains)
 
     def probe(self) -> str:
         """Which tool will be used; KernelError where there is none."""
@@ -74,24 +81,36 @@ class Nft:
     def read(self) -> Firewall:
         """What our table holds; () where it is not there."""
         action = f"read the nft table inet {TABLE}"
-        listed = self._ask(action, "list tables inet")
-        stray = (Unknown(f"table {MEANWHILE}"),) if lists_our_table(listed, MEANWHILE) else ()
-        if not lists_our_table(listed):
+        found = self._of("inet", action)
+        stray = (Unknown(f"table {MEANWHILE}"),) if MEANWHILE in found else ()
+        if TABLE not in found:
             return stray
+        described = found[TABLE]
         if self._owner is not None and not self._owner.owns():
             stray = (*stray, Unknown("a table that is not our own"))
-        listing = self._ask(action, f"list table inet {TABLE}")
-        for entry in listing:
-            # Who owns it is no part of what it does. (nft 1.0.6 lists a single flag wrongly, as
-            # the table's name, so the kernel is asked whether that is one that matters.)
-            if "flags" in entry.get("table", ()) and not self._is_asleep():
-                del entry["table"]["flags"]
-        return (*parse(listing), *stray)
+        if described.asleep:
+            stray = (*stray, Unknown("a table that sleeps"))
+        if not described.flags:
+            return (*parse(self._ask(action, f"list table inet {TABLE}")), *stray)
+        # Its flags say whose it is, which is no part of what it does; and listed it must not be.
+        names = self._chains()
+        if described.objects != len(names):
+            stray = (*stray, Unknown("a table that holds more than chains"))
+        listings = [self._ask(action, f"list chain inet {TABLE} {name}") for name in names]
+        parts = [entry for listing in listings for entry in listing]
+        # Chains first, as a table is listed: a rule stands in a chain that is known.
+        parts.sort(key=lambda entry: "rule" in entry)
+        return (*parse(parts), *stray)
 
-    def _is_asleep(self) -> bool:
-        with contextlib.closing(Wire()) as wire:
-            described = wire.look()
-        return described is not None and described.asleep
+    def _chains(self) -> list[str]:
+        listing = self._ask(f"read the nft table inet {TABLE}", "list chains inet")
+        chains = [entry["chain"] for entry in listing if "chain" in entry]
+        return [each["name"] for each in chains if each["table"] == TABLE]
+
+    def _only_chains(self) -> list[str] | None:
+        names = self._chains()
+        described = self._of("inet", f"read the nft table inet {TABLE}").get(TABLE)
+        return names if described is not None and described.objects == len(names) else None
 
     def apply(self, firewall: Firewall) -> None:
         """Make the table hold exactly this; () removes it."""
@@ -102,8 +121,11 @@ class Nft:
             except Refused as refusal:
                 raise _refusal(action, refusal) from None
         else:
-            self._run(action, render(firewall), answer=False)
-        if lists_our_table(self._ask(action, "list tables inet"), MEANWHILE):
+            there = self._of("inet", action).get(TABLE)
+            # A table that an owner has left: "add" would be a change of its flags.
+            script = render(firewall).partition("\n")[2] if there and there.flags else None
+            self._run(action, script or render(firewall), answer=False)
+        if MEANWHILE in self._of("inet", action):
             self._run(action, f"delete table inet {MEANWHILE}\n", answer=False)
 
     def others(self, ip: str) -> list[tuple[str, str]]:
@@ -112,18 +134,20 @@ class Nft:
         A table without a chain is there with "".
         """
         action = f"list the nft chains of {ip}"
-        tables = [
-            entry["table"] for entry in self._ask(action, f"list tables {ip}") if "table" in entry
-        ]
         chains = [
             entry["chain"] for entry in self._ask(action, f"list chains {ip}") if "chain" in entry
         ]
-        found = [(table["name"], "") for table in tables if table["family"] == ip]
+        found = [(name, "") for name in self._of(ip, action)]
         return found + [(each["table"], each["name"]) for each in chains if each["family"] == ip]
 
     def tables(self, ip: str) -> list[str]:
-        listing = self._ask(f"list the nft tables of {ip}", f"list tables {ip}")
-        return [entry["table"]["name"] for entry in listing if "table" in entry]
+        return [*self._of(ip, f"list the nft tables of {ip}")]
+
+    def _of(self, ip: str, action: str) -> dict[str, Described]:
+        """The tables of a family."""
+        _may_talk(action)
+        self._find()
+        return self._tables(_FAMILIES[ip])
 
     def drop(self, ip: str, table: str, chain: str = "") -> None:
         """One chain, or one table; refused where a rule is in it."""
