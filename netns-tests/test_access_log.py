@@ -17,7 +17,8 @@ import pytest
 from lib.daemon import ROOT, Daemon, Record, descendants
 from lib.headers import v2
 from lib.loglines import Load, dropped, ended, refusing
-from lib.processes import stopped
+from lib.processes import is_gone, stopped
+from lib.streams import assert_talks
 from lib.topology import Topology
 from lib.waits import wait_for
 
@@ -126,15 +127,42 @@ def test_logrotate_as_it_is_installed(net: Topology, logs: Path) -> None:
         assert dropped(daemon) == 0
 
 
+def test_workers_that_retire_follow_too(net: Topology, logs: Path) -> None:
+    """After a reload two generations write one log, the old one until its connections are done."""
+    path = logs / "access.log"
+    with Daemon(net.pod, f'log.access = "{path}"') as daemon:
+        old = net.pair()
+        assert_talks(old)
+        workers = daemon.workers()
+        daemon.signal(signal.SIGHUP)
+        wait_for(lambda: "tproxyd: reloaded in" in daemon.stderr, "the reload")
+        path.rename(logs / "access.log.1")
+        daemon.signal(signal.SIGUSR1)
+        wait_for(path.exists, "the new file")
+        for end in old:
+            end.close()
+        wait_for(lambda: len(records(path)) == 1, "the line of the connection of before")
+        wait_for(lambda: all(map(is_gone, workers)), "the old workers to leave")
+        new = net.pair()
+        for end in new:
+            end.close()
+        wait_for(lambda: len(records(path)) == 2, "that of a new one")
+        assert records(logs / "access.log.1") == []
+
+
 def test_a_signal_for_everybody(net: Topology, logs: Path) -> None:
     """`systemctl kill -s USR1` means each process of the unit."""
     path = logs / "access.log"
     with Daemon(net.pod, f'log.access = "{path}"') as daemon:
         workers = daemon.workers()
         path.unlink()
-        for pid in (*descendants(daemon.pid), daemon.pid):
+        everybody = (*descendants(daemon.pid), daemon.pid)
+        for pid in everybody:
             os.kill(pid, signal.SIGUSR1)
         wait_for(path.exists, "the new file")
+        for pid in everybody[:-1]:
+            os.kill(pid, signal.SIGHUP)
+            os.kill(pid, signal.SIGUSR2)
         assert daemon.workers() == workers
         assert daemon.get("/readyz")[0] == 200
 

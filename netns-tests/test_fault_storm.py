@@ -24,7 +24,7 @@ from lib.topology import PORT, V4, Pair, Topology, seen_port
 from lib.waits import wait_for
 
 BATCH = 100
-BATCHES = 50
+BATCHES = 40
 FIRST_PORT = 10_000
 CONFIG = """
 [[listener]]

@@ -36,6 +36,17 @@ def private_kib(pids: list[int]) -> int:
     return total
 
 
+def address_space(pid: int) -> int:
+    """In bytes, used or not: what RLIMIT_AS is about."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def resident_kib(pid: int) -> int:
+    """Resident memory, with what it shares: that does not change when the others come and go."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    return int(text.partition("VmRSS:")[2].split()[0])
+
+
 def open_files(pids: list[int]) -> int:
     return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids)
 

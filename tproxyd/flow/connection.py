@@ -16,7 +16,7 @@ from typing import Protocol
 
 from tproxyd.addr import Client, Endpoint, OriginalDst, Peer, Upstream
 from tproxyd.config import HeaderPolicy, Listener, Scope
-from tproxyd.errors import CloseReason, PeerError, UpstreamError
+from tproxyd.errors import NO_MEMORY, CloseReason, PeerError, UpstreamError
 from tproxyd.flow.announce import Announcer
 from tproxyd.flow.balance import Cluster
 from tproxyd.flow.connect import Dialled, Network, dial
@@ -148,8 +148,8 @@ def serve(
         relay = Passage(lane, life, world, (downstream, upstream.stream), early, len(own))
     except (PeerError, UpstreamError) as failure:
         life.reason, life.detail = failure.reason, failure.detail
-    except OSError as error:
-        life.reason, life.detail = CloseReason.INTERNAL, str(error)
+    except (OSError, MemoryError) as error:
+        life.reason, life.detail = CloseReason.INTERNAL, str(error) or NO_MEMORY
     finally:
         if relay is None:
             world.ended(lane, life, downstream, upstream and upstream.stream, aborted=True)

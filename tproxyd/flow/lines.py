@@ -156,9 +156,12 @@ class LineWriter:
             if not self._fits(len(self._lines[0])) and not ready[0][1] & select.POLLERR:
                 return
             piece = self._take()
-            data = b"".join(piece)
             try:
+                data = b"".join(piece)
                 written = os.write(self._fd, data)
+            except MemoryError:
+                self._dropped(len(piece))
+                return
             except BlockingIOError:  # a stranger has made it O_NONBLOCK
                 self._put_back(piece)
                 return
@@ -196,9 +199,12 @@ class LineWriter:
     def _append_all(self) -> None:
         while self._lines:
             piece = self._take()
-            data = (b"\n" if self._torn else b"") + b"".join(piece)
             try:
+                data = (b"\n" if self._torn else b"") + b"".join(piece)
                 written = os.write(self._fd, data)
+            except MemoryError:
+                self._dropped(len(piece))
+                return
             except OSError as error:
                 self._put_back(piece)
                 self._refused(LogFailure.of(error.errno))

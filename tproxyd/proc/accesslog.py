@@ -122,8 +122,8 @@ class Losses:
 
     def look(self, counted: Mapping[str, Samples]) -> None:
         """To be called once a second."""
-        dropped, failing = _of(counted)
-        causes = [_WHY[cause] for cause in failing]
+        dropped, failing = counted[LOG_DROPPED.name].only(), counted[LOG_FAILING.name].by("cause")
+        causes = [why for cause, why in _WHY.items() if failing[cause]]
         if causes and not self._trouble:
             self._trouble, self._before = True, self._dropped
             log.error(
@@ -140,16 +140,10 @@ class Losses:
 
     def end(self, counted: Mapping[str, Samples]) -> None:
         """There are no workers any more."""
-        dropped, _ = _of(counted)
+        dropped = counted[LOG_DROPPED.name].only()
         lost = dropped - (self._before if self._trouble else self._dropped)
         if lost:
             log.error("access log: %s", _lines(lost))
-
-
-def _of(counted: Mapping[str, Samples]) -> tuple[int, list[LogFailure]]:
-    """Lines dropped, and why workers can't write now."""
-    failing = counted[LOG_FAILING.name].by("cause")
-    return counted[LOG_DROPPED.name].only(), [each for each in LogFailure if failing[each]]
 
 
 def _lines(count: int) -> str:

@@ -90,7 +90,7 @@ class Server:
         self._server.close()
         tasks = [*self._idle, *self._busy]
         for task in tasks:
-            task.cancel()
+            self._drop(task)
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -57,14 +57,11 @@ def rtt(microseconds: float) -> str:
     return f"{ms:.1f} ms" if ms < 9.95 else f"{ms:.0f} ms"
 
 
-def sparkline(values: Sequence[float], width: int) -> str:
-    """The newest at the right; a column of it is what fits into one, the highest of those."""
-    if not values or width < 1:
-        return " " * width
-    per = -(-len(values) // width)
-    heights = [max(values[max(0, i - per) : i]) for i in range(len(values), 0, -per)][::-1]
-    top = max(heights) or 1
-    bars = (_BARS[round(each / top * (len(_BARS) - 1))] if each else " " for each in heights)
+def sparkline(values: Iterable[float], width: int) -> str:
+    """The last so many, the newest at the right; the highest of them is a full block."""
+    shown = [*values][-width:] if width > 0 else []
+    most = max(shown, default=0) or 1
+    bars = (_BARS[round(each / most * (len(_BARS) - 1))] if each else " " for each in shown)
     return "".join(bars).rjust(width)
 
 

@@ -27,14 +27,26 @@ KEPT = 300
 # What "now" means where one number is shown: a mean over this many samples.
 RECENT = 5
 
-_IN_ORDER = frozenset((CloseReason.DOWNSTREAM_FIN, CloseReason.UPSTREAM_FIN))
+# The ends of connections that had an upstream: whatever ended them, they were served.
+_SERVED = frozenset(
+    (
+        CloseReason.DOWNSTREAM_FIN,
+        CloseReason.UPSTREAM_FIN,
+        CloseReason.DOWNSTREAM_RESET,
+        CloseReason.UPSTREAM_RESET,
+        CloseReason.IDLE_TIMEOUT,
+        CloseReason.HALF_CLOSE_TIMEOUT,
+        CloseReason.DRAIN_TIMEOUT,
+        CloseReason.KILLED,
+    )
+)
 
 
 class Sample(NamedTuple):
     at: float  # time.monotonic()
     open: int
     ended: int
-    failed: int  # of those: by anything but a FIN from each side
+    failed: int  # of those: without having reached an upstream
     received: int
     sent: int
     connects: int
@@ -63,12 +75,22 @@ def sample(at: float, of: dict[str, Samples]) -> Sample:
         at,
         sum(of[ACTIVE.name].by("listener").values()),
         total,
-        total - sum(ended[reason] for reason in _IN_ORDER),
+        total - sum(ended[reason] for reason in _SERVED),
         moved["received"],
         moved["sent"],
         connects.observed,
         round(connects.seconds * 1e6),
     )
+
+
+def until_next(now: float, offset: float = 0.0) -> float:
+    """How long to wait for the next full second, or so much behind it.
+
+    Workers add up what moved at each full second of the clock that all processes share, and samples
+    are taken half a second later: so every one of them has exactly one such sum more.
+    """
+    wait = EVERY_S - (now - offset) % EVERY_S
+    return wait if wait > EVERY_S / 10 else wait + EVERY_S  # a timer may be early
 
 
 class History:
@@ -83,7 +105,7 @@ class History:
         """For as long as the daemon serves."""
         while True:
             self.take(time.monotonic())
-            await asyncio.sleep(EVERY_S)
+            await asyncio.sleep(until_next(time.monotonic(), EVERY_S / 2))
 
     def take(self, now: float) -> None:
         self._samples.append(sample(now, self._read()))

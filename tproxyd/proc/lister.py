@@ -29,6 +29,7 @@ from tproxyd.flow.engine import Engine
 from tproxyd.flow.live import Baseline, Open
 from tproxyd.linux import rtt_and_retransmits
 from tproxyd.proc.cells import Cells
+from tproxyd.proc.history import until_next
 from tproxyd.proc.rows import Row, Sort, State, client_key
 
 log = logging.getLogger(__name__)
@@ -258,8 +259,6 @@ class Meter:
     at every send: nothing for each byte, and a thousandth of a second for 9,000 connections.
     """
 
-    EVERY_S = 1.0
-
     def __init__(
         self, engine: Engine, row: memoryview, cells: Cells, loop: asyncio.AbstractEventLoop
     ) -> None:
@@ -278,4 +277,4 @@ class Meter:
 
     def _on_time(self) -> None:
         self.count()
-        self._loop.call_later(self.EVERY_S, self._on_time)
+        self._loop.call_later(until_next(time.monotonic()), self._on_time)

@@ -217,7 +217,7 @@ def _table(*columns: str, right: tuple[str, ...] = (), **more: Any) -> Table:  #
 def _listeners(s: Snapshot) -> Table:
     table = _table("LISTENER", "PORT", "TAKES", right=("PORT",))
     for each in s["listeners"]:
-        table.add_row(each["name"], str(each["port"]), status.takes(each))
+        table.add_row(Text(each["name"]), str(each["port"]), Text(status.takes(each)))
         for row in status.upstreams(each):
             _, _, address, health = row
             if health not in ("up", "unchecked"):
@@ -243,6 +243,7 @@ _COLUMNS: tuple[tuple[str, bool, Sort | None, _Cell], ...] = (
     ("UPSTREAM", False, None, lambda row: row["upstream"] or row["destination"] or "-"),
     ("AS", False, None, lambda row: row["source"] or "-"),
     ("STATE", False, None, lambda row: row["state"]),
+    ("BYTES", True, Sort.BYTES, lambda row: figures.size(row["received"] + row["sent"])),
     ("IN", True, Sort.BYTES, lambda row: figures.size(row["received"])),
     ("OUT", True, Sort.BYTES, lambda row: figures.size(row["sent"])),
     ("RATE", True, Sort.RATE, lambda row: figures.rate(row["rate"])),
@@ -250,16 +251,17 @@ _COLUMNS: tuple[tuple[str, bool, Sort | None, _Cell], ...] = (
     ("IDLE", True, Sort.IDLE, lambda row: figures.age(row["idle_s"])),
     ("RTT", True, Sort.RTT, lambda row: figures.rtt(row["rtt_us"])),
 )
-_NARROW = {"CLIENT", "UPSTREAM", "IN", "OUT", "RATE", "AGE", "RTT"}  # what 80 columns have room for
+# What 80 columns have room for, with what it is sorted by; and a wide screen.
+_NARROW = {"ID", "CLIENT", "UPSTREAM", "BYTES", "RATE", "AGE", "RTT"}
+_ONLY_NARROW = {"BYTES"}
 
 
 def _connections(seen: Seen, sort: Sort, width: int, rows: int) -> Table:
     listing = seen.listing
-    shown = [
-        each
-        for each in _COLUMNS
-        if width >= _WIDE or each[0] in _NARROW or (each[2] is sort and each[0] == "IDLE")
-    ]
+    names = {name for name, *_ in _COLUMNS} - _ONLY_NARROW if width >= _WIDE else set(_NARROW)
+    if sort is Sort.IDLE:
+        names.add("IDLE")
+    shown = [each for each in _COLUMNS if each[0] in names]
     table = Table(
         box=None,
         pad_edge=False,
@@ -268,7 +270,6 @@ def _connections(seen: Seen, sort: Sort, width: int, rows: int) -> Table:
         title=f"{listing['open']} open connections, by {sort}",
         title_justify="left",
         title_style="bold",
-        expand=width < _WIDE,
     )
     for name, right, by, _ in shown:
         table.add_column(
@@ -276,11 +277,11 @@ def _connections(seen: Seen, sort: Sort, width: int, rows: int) -> Table:
             justify="right" if right else "left",
             no_wrap=True,
             overflow="ellipsis",
-            ratio=None if right or width >= _WIDE else 1,
+            min_width=9 if name == "UPSTREAM" else None,
         )
     for row in listing["connections"][:rows]:
         style = "dim" if not row["rate"] else ""
-        table.add_row(*(cell(row) for _, _, _, cell in shown), style=style)
+        table.add_row(*(Text(cell(row)) for _, _, _, cell in shown), style=style)
     return table
 
 

@@ -34,7 +34,7 @@ from tproxyd.flow.balance import Cluster
 from tproxyd.flow.clients import ClientCounts
 from tproxyd.flow.connect import NO_FILES, Sockets
 from tproxyd.flow.connection import Lane, serve
-from tproxyd.flow.engine import Engine
+from tproxyd.flow.engine import Engine, give_up
 from tproxyd.flow.origdst import original_destination, redirected_destination
 from tproxyd.flow.record import Record
 from tproxyd.flow.relay import Limits
@@ -53,13 +53,12 @@ from tproxyd.proc import privileges, watchdog
 from tproxyd.proc.cells import Cells, Counting
 from tproxyd.proc.clients import ClientTables
 from tproxyd.proc.control import MAX_WORD
+from tproxyd.proc.door import BATCH, Door
 from tproxyd.proc.lister import Lister, Meter
 from tproxyd.proc.workerlog import WorkerLog
 
 log = logging.getLogger(__name__)
 
-# Connections accepted in one go before those already open get their turn.
-_ACCEPT_BATCH = 64
 # File descriptors that are neither connections nor listeners: 16 pipes (flow/pipes.py), the loop,
 # the engine, netlink, control and log take some 45.
 _RESERVED_FILES = 64
@@ -297,7 +296,7 @@ class Worker(Sockets, Counting):
         if self._draining:
             return
         for i, door in enumerate(self._doors):
-            while i in gone and self.accept(door, _ACCEPT_BATCH):
+            while i in gone and self.accept(door, BATCH):
                 pass
         self._pause_accepting()
         for i, door in enumerate(self._doors):
@@ -357,60 +356,38 @@ class Worker(Sockets, Counting):
         self, lane: Lane, life: Record, downstream: Stream, upstream: Stream | None, aborted: bool
     ) -> None:
         """Close, count and log: the last thing that happens to every connection, exactly once."""
-        try:  # not contextlib.suppress: 0.5 µs
-            life.rtt_us, life.retransmits = rtt_and_retransmits(downstream)
-        except OSError:
-            life.rtt_us = 0  # it is no longer connected enough to tell
-        forget = self.engine.forget
-        for stream in (downstream, upstream):
-            if stream is not None:
-                if aborted:
-                    reset_on_close(stream)
-                forget(stream)
-                stream.close()
-        if lane.cluster is not None and upstream is not None:
-            assert life.upstream is not None
-            lane.cluster.left(life.upstream)
-        if lane.counts_clients and life.client is not None:
-            self._leave(lane, life.client, life.reason)
-        row, cells = self._row, self._cells
-        row[cells.active[lane.index]] -= 1
-        row[cells.ended[lane.index][life.reason]] += 1
-        row[cells.received] += life.received
-        row[cells.sent] += life.sent
-        if self._log.tell is not None:
-            self._log.tell(life)
-        self._active -= 1
-        if not self._listening:
-            self._resume_accepting()
-            self._leave_if_done()
+        try:
+            try:  # not contextlib.suppress: 0.5 µs
+                life.rtt_us, life.retransmits = rtt_and_retransmits(downstream)
+            except OSError:
+                life.rtt_us = 0  # it is no longer connected enough to tell
+            forget = self.engine.forget
+            for stream in (downstream, upstream):
+                if stream is not None:
+                    if aborted:
+                        reset_on_close(stream)
+                    forget(stream)
+                    stream.close()
+            if lane.cluster is not None and upstream is not None:
+                assert life.upstream is not None
+                lane.cluster.left(life.upstream)
+            if lane.counts_clients and life.client is not None:
+                self._leave(lane, life.client, life.reason)
+            row, cells = self._row, self._cells
+            row[cells.active[lane.index]] -= 1
+            row[cells.ended[lane.index][life.reason]] += 1
+            row[cells.received] += life.received
+            row[cells.sent] += life.sent
+            if self._log.tell is not None:
+                self._log.tell(life)
+            self._active -= 1
+            if not self._listening:
+                self._resume_accepting()
+                self._leave_if_done()
+        except MemoryError:
+            give_up()  # half of this may be done
 
 
 def _any_plan(spoof: bool) -> policy.Plan:
     nobody = Endpoint("127.0.0.1", 0)
     return policy.Plan(Client(nobody), Upstream(nobody), spoof)
-
-
-class Door:
-    """A listening socket, and how many connections are taken from it at a time.
-
-    One, when it has been quiet; twice as many each time that the next round of events finds more.
-    epoll tells again what is left in the queue, so nobody asks an empty one: an accept that finds
-    nothing ends in an exception, 2.5 µs.
-    """
-
-    __slots__ = ("_count", "_round", "_worker", "lane", "sock")
-
-    def __init__(self, worker: Worker, sock: socket.socket, lane: Lane) -> None:
-        self._worker, self.sock, self.lane = worker, sock, lane
-        self._count = 1
-        self._round = 0
-
-    def on_event(self, _events: int) -> None:
-        now = self._worker.engine.rounds
-        self._count = min(self._count * 2, _ACCEPT_BATCH) if now <= self._round + 1 else 1
-        self._round = now
-        self._worker.accept(self, self._count)
-
-    def cut(self, reason: CloseReason, detail: str) -> None:
-        """Nothing: no connection of its own."""

@@ -9,8 +9,14 @@ from typing import Any
 
 import pytest
 import uvloop
+from hypothesis import HealthCheck, settings
 
 from tproxyd.flow.engine import Engine
+
+# A deadline would measure the machine, which other tests share; linear time is tested by counting.
+# Here, since each test takes what is set when its module is imported.
+settings.register_profile("tproxyd", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tproxyd")
 
 
 @pytest.fixture

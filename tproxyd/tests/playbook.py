@@ -319,7 +319,7 @@ class Playbook:
             return self._fail(call, f"written: {self._script[0] if self._script else 'nothing'}")
         line = self._script.pop(0)
         self._told.append(line)
-        if isinstance(line.answer, OSError):
+        if isinstance(line.answer, OSError | MemoryError):
             raise line.answer
         if line.answer is not _UNANSWERED:
             return line.answer

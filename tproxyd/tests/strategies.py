@@ -10,17 +10,12 @@ import struct
 from ipaddress import IPv4Address, IPv6Address
 from typing import Literal, NamedTuple
 
-from hypothesis import settings
 from hypothesis import strategies as st
 
 from tproxyd.addr import Endpoint, fold
 from tproxyd.errors import CloseReason, PeerError
 from tproxyd.flow.proxyproto import DEFAULT_LIMIT, Header, NoHeader, parse
 from tproxyd.flow.tlv import CRC32C, SSL, UNIQUE_ID, Tlv
-
-# A deadline would measure the machine, which other tests share; linear time is tested by counting.
-settings.register_profile("tproxyd", deadline=None)
-settings.load_profile("tproxyd")
 
 SIGNATURE = bytes.fromhex("0D0A0D0A000D0A515549540A")
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
 import json
+import re
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 
@@ -12,6 +15,7 @@ import pytest
 from tproxyd.addr import Endpoint
 from tproxyd.errors import KernelError
 from tproxyd.proc import admin
+from tproxyd.proc.rows import Sort
 
 GET = b"GET /livez HTTP/1.1\r\n\r\n"
 LOOPBACK = Endpoint("127.0.0.1", 0)
@@ -27,6 +31,12 @@ class Provider:
 
     async def status(self) -> Mapping[str, object]:
         return {"ready": True}
+
+    async def open_connections(self, sort: Sort, limit: int) -> Mapping[str, object]:
+        return {"sort": sort, "limit": limit}
+
+    def past(self, after: int) -> Mapping[str, object]:
+        return {"after": after}
 
     def metrics(self) -> tuple[bytes, str]:
         if self.broken:
@@ -118,6 +128,65 @@ def test_metrics_and_status() -> None:
     assert not in_scene(test)
 
 
+def test_connections_and_history() -> None:
+    async def test(scene: Scene) -> None:
+        for path, told in {
+            "/connections": {"sort": "bytes", "limit": 20},
+            "/connections?": {"sort": "bytes", "limit": 20},
+            "/connections?limit=10000&sort=rtt": {"sort": "rtt", "limit": 10000},
+            "/history": {"after": 0},
+            "/history?after=17": {"after": 17},
+        }.items():
+            code, head, body = await scene.get(path)
+            assert (code, json.loads(body)) == (200, told)
+            assert "Content-Type: application/json\r\n" in head
+
+    assert not in_scene(test)
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        ("/connections?sort=size", "'size' is not a valid Sort"),
+        ("/connections?limit=-1", "limit is a number up to 10000"),
+        ("/connections?limit=10001", "limit is a number up to 10000"),
+        ("/connections?limit=", "limit is a number"),
+        ("/connections?x", "bad query field"),
+        ("/history?after=x", "after is a number"),
+    ],
+)
+def test_a_query_that_makes_no_sense_is_400(path: str, why: str) -> None:
+    async def test(scene: Scene) -> None:
+        code, _, body = await scene.get(path)
+        assert code == 400
+        assert why in body
+        assert "?sort=bytes|" in body or "?after=N" in body
+
+    assert not in_scene(test)
+
+
+def test_the_page_is_whole_and_forbids_all_else() -> None:
+    """netns-tests/test_status_page.py looks at it in a browser."""
+
+    async def test(scene: Scene) -> None:
+        code, head, body = await scene.get("/")
+        assert code == 200
+        assert "Content-Type: text/html; charset=utf-8\r\n" in head
+        (policy,) = re.findall("Content-Security-Policy: (.*)\r\n", head)
+        allowed = dict(each.strip().split(" ", 1) for each in policy.split(";"))
+        assert allowed["default-src"] == "'none'"
+        assert allowed["connect-src"] == "'self'"
+        for tag in ("script", "style"):
+            (inside,) = re.findall(f"<{tag}>(.*?)</{tag}>", body, re.DOTALL)
+            digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
+            assert allowed[f"{tag}-src"] == f"'sha256-{digest}'"
+        assert "url(" not in body
+        outside = set(re.findall(r"https?://[^'\" ]*", body))
+        assert outside == {"http://www.w3.org/2000/svg"}, "a name space is no address"
+
+    assert not in_scene(test)
+
+
 def test_head_has_the_length_and_no_body() -> None:
     async def test(scene: Scene) -> None:
         code, head, body = await scene.get("/metrics", "HEAD")
@@ -134,7 +203,7 @@ def test_ipv6() -> None:
     assert not in_scene(test, Endpoint("::1", 0))
 
 
-@pytest.mark.parametrize("path", ["/", "/metric", "/livez/", "//livez", "/%00"])
+@pytest.mark.parametrize("path", ["/metric", "/livez/", "//livez", "/page.html", "/%00"])
 def test_another_path_is_404_and_names_those_there_are(path: str) -> None:
     async def test(scene: Scene) -> None:
         code, _, body = await scene.get(path)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,7 +19,6 @@ from tproxyd.errors import KernelError
 from tproxyd.kernel import reconcile
 from tproxyd.proc import supervisor
 from tproxyd.proc.run_command import Command
-from tproxyd.proc.status import Snapshot, draw
 
 Shown = Callable[..., tuple[int, str, str]]
 
@@ -197,18 +193,30 @@ def test_what_the_kernel_refuses_is_3(
 def test_run_serves(
     tproxyd: Shown, toml: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    served: list[tuple[Config, bool]] = []
+    served: list[tuple[Config, bool, bool]] = []
 
     def serve(
-        config: Config, *, install: bool, reread: Callable[[], Config], keep_sockets: bool
+        config: Config,
+        *,
+        install: bool,
+        guard: bool,
+        reread: Callable[[], Config],
+        keep_sockets: bool,
     ) -> None:
-        assert (reread(), keep_sockets) == (config, install)
-        served.append((config, install))
+        assert (reread(), keep_sockets) == (config, guard)
+        served.append((config, install, guard))
 
     monkeypatch.setattr(supervisor, "serve", serve)
     assert tproxyd("run", "-c", toml("table = 7")) == (0, "", "")
-    assert tproxyd("run", "--install", "--keep-sockets", "-c", toml("table = 8")) == (0, "", "")
-    assert served == [(Config(table=7), False), (Config(table=8), True)]
+    assert tproxyd("run", "--install", "-c", toml("table = 8")) == (0, "", "")
+    assert tproxyd("run", "--guard", "--keep-sockets", "-c", toml("table = 9")) == (0, "", "")
+    assert served == [
+        (Config(table=7), False, False),
+        (Config(table=8), True, False),
+        (Config(table=9), False, True),
+    ]
+    with pytest.raises(SystemExit, match="2"):
+        tproxyd("run", "--install", "--guard")
 
 
 @pytest.mark.parametrize(
@@ -309,210 +317,6 @@ def test_a_warning_is_not_a_problem(
     assert tproxyd("doctor", "-c", toml(""))[0] == 0
 
 
-SNAPSHOT: Snapshot = {
-    "version": "0.1.0",
-    "pid": 4711,
-    "uptime_s": 93784.2,
-    "ready": False,
-    "not_ready_because": ["worker 1 is down"],
-    "reload": {"done": 0, "failed": 0, "last": "", "error": ""},
-    "listeners": [
-        {
-            "name": "inbound",
-            "bind": "",
-            "port": 15006,
-            "families": ["IPv4", "IPv6"],
-            "intercept": "every port",
-            "upstreams": [],
-        },
-        {
-            "name": "a-longer-one",
-            "bind": "0.0.0.0",
-            "port": 80,
-            "families": ["IPv4"],
-            "intercept": "",
-            "upstreams": [
-                {
-                    "upstream": "app.example:80",
-                    "addresses": [
-                        {"address": "10.0.0.5:80", "health": "up", "why": ""},
-                        {"address": "[fd00::5]:80", "health": "down", "why": "connection refused"},
-                    ],
-                    "error": "name or service not known",
-                },
-                {
-                    "upstream": "10.0.0.6:80",
-                    "addresses": [{"address": "10.0.0.6:80", "health": "unchecked", "why": ""}],
-                    "error": "",
-                },
-            ],
-        },
-        {
-            "name": "lost",
-            "bind": "",
-            "port": 81,
-            "families": ["IPv4"],
-            "intercept": "ports 81",
-            "upstreams": [{"upstream": "db.example:81", "addresses": [], "error": "no answer yet"}],
-        },
-    ],
-    "workers": [
-        {
-            "slot": 0,
-            "generation": 1,
-            "pid": 4712,
-            "state": "ready",
-            "active": 3,
-            "started": "2026-01-02T03:04:05Z",
-        },
-        {
-            "slot": 1,
-            "generation": 1,
-            "pid": 0,
-            "state": "down",
-            "active": 0,
-            "started": "2026-01-02T03:04:06Z",
-        },
-    ],
-    "connections": {
-        "active": 3,
-        "total": 1200,
-        "by_close_reason": {"downstream_fin": 1197, "upstream_fin": 0, "idle_timeout": 3},
-    },
-    "counters": {
-        "tproxyd_bytes": {"received": 5, "sent": 12345},
-        "tproxyd_proxy_headers": {"1": {"accepted": 7, "local": 0}, "2": {"accepted": 0}},
-        "tproxyd_upstream_connect_seconds": {"count": 1200, "seconds": 0.6},
-        "tproxyd_source_port_retries": {"in_use": 0},
-        "tproxyd_accept_pauses": 2,
-        "tproxyd_access_log_lines_dropped": 0,
-    },
-    "kernel": {
-        "state": "drift",
-        "detail": ["add ip -4 rule"],
-        "return_path": "accept-mark",
-        "checked_s_ago": 0.4,
-    },
-}
-
-SCREEN = """\
-tproxyd 0.1.0, not ready, pid 4711, up 1 d 2 h
-  worker 1 is down
-
-kernel state: drift, answers come home by accept-mark (0 s ago)
-  add ip -4 rule
-
-LISTENER      PORT   FAMILIES   TAKES
-inbound       15006  IPv4+IPv6  every port
-a-longer-one  80     IPv4       0.0.0.0:80 → app.example:80, 10.0.0.6:80
-lost          81     IPv4       ports 81 → db.example:81
-
-LISTENER      UPSTREAM        ADDRESS       HEALTH
-a-longer-one  app.example:80  -             can't be resolved: name or service not known
-a-longer-one  app.example:80  10.0.0.5:80   up
-a-longer-one  app.example:80  [fd00::5]:80  down: connection refused
-a-longer-one  10.0.0.6:80     10.0.0.6:80   unchecked
-lost          db.example:81   -             can't be resolved: no answer yet
-lost          -               -             none can be used: connections are refused
-
-WORKER  PID   STATE  CONNECTIONS  STARTED
-0       4712  ready  3            2026-01-02T03:04:05Z
-1       -     down   0            2026-01-02T03:04:06Z
-
-connections: 3 open, 1200 ended
-  downstream_fin  1197
-  idle_timeout       3
-
-upstream connect: 0.50 ms on average
-
-bytes:
-  received      5
-  sent      12345
-
-proxy headers:
-  1 accepted  7
-
-accept pauses: 2
-"""
-
-
-class AdminPort:
-    """Answers one request with what it was given, then closes."""
-
-    def __init__(self, answer: bytes) -> None:
-        self.sock = socket.create_server(("127.0.0.1", 0))
-        self.toml = f'admin = "127.0.0.1:{self.sock.getsockname()[1]}"'
-        self.request = b""
-        self.thread = threading.Thread(target=self._serve, args=(answer,))
-        self.thread.start()
-
-    def _serve(self, answer: bytes) -> None:
-        client, _ = self.sock.accept()
-        with client:
-            while b"\r\n\r\n" not in self.request:
-                self.request += client.recv(1000)
-            client.sendall(answer)
-
-
-@pytest.fixture
-def admin_port() -> Iterator[Callable[[bytes], AdminPort]]:
-    ports: list[AdminPort] = []
-
-    def start(answer: bytes) -> AdminPort:
-        ports.append(AdminPort(answer))
-        return ports[-1]
-
-    yield start
-    for port in ports:
-        port.thread.join()
-        port.sock.close()
-
-
-def test_status_draws_what_the_daemon_says(
-    tproxyd: Shown,
-    toml: Callable[[str], str],
-    admin_port: Callable[[bytes], AdminPort],
-) -> None:
-    answer = b"HTTP/1.1 200 OK\r\nX: y\r\n\r\n" + json.dumps(SNAPSHOT).encode()
-    port = admin_port(answer)
-    assert tproxyd("status", "-c", toml(port.toml)) == (0, SCREEN, "")
-    assert port.request.startswith(b"GET /status HTTP/1.1\r\n")
-    code, out, _ = tproxyd("status", "--json", "-c", toml(admin_port(answer).toml))
-    assert (code, json.loads(out)) == (0, SNAPSHOT)
-    assert draw(SNAPSHOT) == SCREEN
-
-
-def test_status_without_a_daemon(tproxyd: Shown, toml: Callable[[str], str]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port = sock.getsockname()[1]
-    said = (
-        f"tproxyd: can't ask the daemon at 127.0.0.1:{port}: {os.strerror(errno.ECONNREFUSED)};"
-        " start it with tproxyd run, or name its configuration with -c\n"
-    )
-    assert tproxyd("status", "-c", toml(f'admin = "127.0.0.1:{port}"')) == (1, "", said)
-
-
-@pytest.mark.parametrize("answer", [b"", b"SSH-2.0-x\r\n", b"HTTP/1.1 404 Not Found\r\n\r\n"])
-def test_status_of_something_else(
-    answer: bytes,
-    tproxyd: Shown,
-    toml: Callable[[str], str],
-    admin_port: Callable[[bytes], AdminPort],
-) -> None:
-    code, out, err = tproxyd("status", "-c", toml(admin_port(answer).toml))
-    assert (code, out) == (1, "")
-    said = answer.decode().partition("\r\n")[0] or "nothing"
-    assert f": it answered {said}; is that tproxyd?" in err
-
-
-def test_status_without_an_admin_endpoint(tproxyd: Shown, toml: Callable[[str], str]) -> None:
-    said = (
-        'tproxyd: can\'t ask the daemon: admin = "" in its configuration;'
-        ' set admin = "127.0.0.1:9133"\n'
-    )
-    assert tproxyd("status", "-c", toml('admin = ""')) == (1, "", said)
-
-
 # As a process -------------------------------------------------------------------------------------
 
 
@@ -525,7 +329,7 @@ def test_check_loads_nothing_heavy(toml: Callable[[str], str]) -> None:
         [sys.executable, "-c", code, toml("")], capture_output=True, text=True, check=True
     )
     loaded = set(done.stdout.splitlines()[-1].split())
-    assert not loaded & {"asyncio", "uvloop", "pyroute2", "prometheus_client", "ctypes", "logging"}
+    assert not loaded & {"asyncio", "uvloop", "prometheus_client", "ctypes", "logging"}
 
 
 def test_a_reader_that_leaves_early_is_no_error(toml: Callable[[str], str]) -> None:

@@ -257,6 +257,14 @@ def test_a_socket_that_the_kernel_refuses() -> None:
     assert "not permitted" in life.detail
 
 
+def test_no_memory_for_the_upstream() -> None:
+    """That connection ends, in order; a MemoryError has no words of its own."""
+    life = (
+        Playbook() << "socket IPv4 as client" >> MemoryError() << "end client by RST: internal"
+    ).play()
+    assert life.detail == "out of memory"
+
+
 def test_every_source_port_is_taken() -> None:
     book = Playbook()
     port = rotate(PEER.port)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -73,6 +74,16 @@ def test_a_full_entry() -> None:
         "TPROXYD_RTT_US": "250",
         "TPROXYD_RETRANSMITS": "2",
     }
+
+
+def test_the_fields_are_those_that_readme_names() -> None:
+    text = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    named = set(re.findall(r"`([A-Z_]+)`", text[text.index("Its fields are") :].split("\n\n")[0]))
+    it = life("why")
+    it.tried = ((Upstream(Endpoint("10.0.0.5", 80)), "refused"),)
+    keys = {key.removeprefix("TPROXYD_") for key in parse(entry(it, 1.0)) if key[:8] == "TPROXYD_"}
+    ports = {"CLIENT_PORT", "PEER_PORT", "DESTINATION_PORT"}
+    assert named - {"TPROXYD_", "_PORT"} == keys - ports
 
 
 def test_what_is_not_known_has_no_field() -> None:

@@ -43,6 +43,7 @@ from tproxyd.flow.tally import (
 from tproxyd.linux import CAP_NET_RAW, capabilities, reset_on_close
 from tproxyd.proc import child, worker
 from tproxyd.proc.counters import Page
+from tproxyd.proc.door import Door
 from tproxyd.tests.playbook import rotate
 
 pytestmark = pytest.mark.skipif(
@@ -540,7 +541,7 @@ def test_how_many_are_accepted_at_a_time() -> None:
     worker_ = SimpleNamespace(engine=SimpleNamespace(rounds=0))
     worker_.accept = lambda _door, count: taken.append(count)
     with socket.socket() as sock:
-        door = worker.Door(worker_, sock, None)  # type: ignore[arg-type]
+        door = Door(worker_, sock, None)  # type: ignore[arg-type]
         for worker_.engine.rounds in (5, 6, 7, 7, 7, 8, 9, 10, 20):
             door.on_event(1)
     assert taken == [1, 2, 4, 8, 16, 32, 64, 64, 1]

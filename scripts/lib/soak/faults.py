@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 from lib.daemon import Daemon, tproxyd
@@ -29,22 +30,37 @@ MENDED_S = 15.0
 WORKER_KILLED = "worker killed"
 
 
+class Excuse(Enum):
+    """What a fault excuses: of which connections, and what may become of them."""
+
+    NOTHING = "nothing"
+    DEATH = "a connection that lived through it is lost"
+    BYPASS = "one that began meanwhile has passed by the proxy; the application then ends it"
+
+
 @dataclass
 class Window:
     """One fault: from `began`, mended at `mended`; `cost` is how many connections it may lose."""
 
     name: str
-    excuses: str
+    excuse: Excuse
     began: float
     mended: float
     cost: float = float("inf")
     lost: int = 0
 
     def covers(self, failure: Failure) -> bool:
-        if failure["what"] != self.excuses:
+        began, at, what = failure["began"], failure["at"], failure["what"]
+        if at < self.began or at > self.mended + AFTERMATH_S:
             return False
-        lived = failure["began"] <= self.mended and failure["at"] >= self.began
-        return bool(lived and failure["at"] <= self.mended + AFTERMATH_S)
+        match self.excuse:
+            case Excuse.NOTHING:
+                return False
+            case Excuse.DEATH:
+                return bool(what == "lost" and began <= self.mended)
+            case Excuse.BYPASS:
+                meanwhile = self.began - 0.1 <= began <= self.mended
+                return meanwhile and what in ("bypassed", "lost")
 
 
 @dataclass
@@ -53,7 +69,7 @@ class Fault:
 
     name: str
     every_s: float
-    excuses: str
+    excuse: Excuse
     do: Callable[[Daemon, random.Random], float]
 
 
@@ -78,9 +94,7 @@ class Faults:
             if time.monotonic() >= self.due[fault.name]:
                 began = time.monotonic()
                 cost = fault.do(self.daemon, self.random)
-                self.windows.append(
-                    Window(fault.name, fault.excuses, began, time.monotonic(), cost)
-                )
+                self.windows.append(Window(fault.name, fault.excuse, began, time.monotonic(), cost))
                 self.due[fault.name] = time.monotonic() + self._pause(fault)
 
     def _pause(self, fault: Fault) -> float:
@@ -146,12 +160,12 @@ def _whole(daemon: Daemon, also: Callable[[dict[str, Any]], bool] = lambda statu
 
 def available(daemon: Daemon) -> list[Fault]:
     """Those that this version has an answer to."""
-    faults = [Fault(WORKER_KILLED, 45, "lost", kill_worker)]
+    faults = [Fault(WORKER_KILLED, 45, Excuse.DEATH, kill_worker)]
     for verb, do in (("reload", reload), ("upgrade", upgrade)):
         if tproxyd(daemon.namespace, verb, "--help").returncode == 0:
             every = 30 if verb == "reload" else 120
-            faults.append(Fault(verb, every, "", do))
+            faults.append(Fault(verb, every, Excuse.NOTHING, do))
     heals = tproxyd(daemon.namespace, "check", config='[rules]\non_crash = "closed"\n')
     if heals.returncode == 0:
-        faults.append(Fault("rules flushed", 60, "bypassed", flush))
+        faults.append(Fault("rules flushed", 60, Excuse.BYPASS, flush))
     return faults
