@@ -432,7 +432,7 @@ class Supervisor:
         if self._command is not None and self._command.reaped(pid, code):
             log.info("%s %s: stopping", self._command, ending_of(code))
             self._stop.set()
-        elif self._successor is not None and self._successor.pid == pid:
+        elif self._successor is not None and self._successor.parent == pid:
             self._successor.ending = ending_of(code)
             self._successor.gone.set()
         elif self._kernel.reaped(pid) and not self._ending:
@@ -495,6 +495,11 @@ class Supervisor:
             return
         if self._handed_over:
             self._retire(generation, keep, "upgrade")
+            # We must not hold, while we drain, what is the new one's: when that ends or lets go of
+            # it, it has to be free, and whoever connects must not wait in a queue of nobody's.
+            self._sockets.close()
+            if self._endpoints is not None and self._endpoints.socket is not None:
+                self._endpoints.socket.close()
         elif self._keep_sockets:
             self._retire(generation, keep, "stop")
             return  # who is the next to serve should not have to wait for them
