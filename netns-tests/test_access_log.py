@@ -22,6 +22,8 @@ from lib.streams import assert_talks
 from lib.topology import Topology
 from lib.waits import wait_for
 
+from tproxyd.flow.lines import LineWriter
+
 
 @pytest.fixture
 def logs() -> Iterator[Path]:
@@ -195,6 +197,64 @@ def test_a_disk_that_fills_up(
         assert dropped(daemon) == 0
         with capsys.disabled():
             print(f"\nfull five times under {count} connections: as many lines, all whole")
+
+
+WRITERS, LINES = 3, 4000
+
+
+def test_writers_at_the_edge_of_a_full_disk(
+    small: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Processes that meet the end of the room all the time, in the middle of their lines."""
+    path = small / "lines"
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    children = [fork_writer(fd, number) for number in range(WRITERS)]
+    rooms = 0
+    for room in range(64, 4096, 4):
+        rooms += 1
+        resize(small, f"{room}k")
+        if not any(map(alive, children)):
+            break
+        wait_for(lambda: room_left(small) == 0 or not any(map(alive, children)), "no room")
+    ends = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+    os.close(fd)
+    assert ends == [0] * WRITERS, "lines were dropped"
+    found = path.read_text().splitlines()
+    want = [written(number, i) for number in range(WRITERS) for i in range(LINES)]
+    assert sorted(found) == sorted(want)
+    with capsys.disabled():
+        print(f"\n{WRITERS} writers, out of room {rooms} times: {len(found)} lines, all whole")
+
+
+def written(number: int, i: int) -> str:
+    return f"{number}:{i}:".ljust(60 + i % 70, "x")
+
+
+def fork_writer(fd: int, number: int) -> int:
+    """One of the processes; it ends when everything is written, with 1 where something was lost."""
+    pid = os.fork()
+    if pid == 0:
+        lost: list[int] = []
+        try:
+            writer = LineWriter(fd, lambda *_: None, lost.append)
+            for i in range(LINES):
+                writer.write(written(number, i) + "\n")
+                if i % 3 == 0:
+                    writer.flush()
+            while writer.waiting:
+                os.sched_yield()
+                writer.flush()
+        finally:
+            os._exit(bool(lost))
+    return pid
+
+
+def alive(pid: int) -> bool:
+    return not is_gone(pid)
+
+
+def room_left(path: Path) -> int:
+    return os.statvfs(path).f_bavail
 
 
 def test_a_disk_that_stays_full(
