@@ -19,9 +19,10 @@ COUNT = 2000
 # What the daemon holds at most for one that it waits for: the walk, the socket, the timer; not the
 # 4 KiB that a header may have.
 KIB_EACH = 3
-CONFIG = """
+TIMEOUT_S = 6.0  # longer than it takes to open all of them and to measure
+CONFIG = f"""
 [[listener]]
-header_timeout_s = 5.0
+header_timeout_s = {TIMEOUT_S}
 [[listener.proxy_protocol]]
 from = ["10.9.1.2"]
 policy = "require"
@@ -60,8 +61,8 @@ def test_slow_headers(net: Topology, figure: Figure) -> None:
         assert all(is_over(sock) for sock in slow)
         wait_for(lambda: open_files(workers) == files, "their files")
         records = wait_for(lambda: timed_out(daemon), "their lines in the log")
-        late = max(record["duration"] for record in records) - 5000
-        assert min(record["duration"] for record in records) >= 5000
+        late = max(record["duration"] for record in records) - 1000 * TIMEOUT_S
+        assert min(record["duration"] for record in records) >= 1000 * TIMEOUT_S
         others = daemon.metric("tproxyd_connections_total", close_reason="upstream_fin")
         assert others + COUNT == daemon.metric("tproxyd_connections_total") > served
         left = private_kib(workers) - memory
@@ -71,7 +72,9 @@ def test_slow_headers(net: Topology, figure: Figure) -> None:
     figure(f"before: {before}")
     figure(f"beside {COUNT} slow headers: {during}; p99 × {ratio:.2f}")
     figure(f"memory: {held} KiB for {COUNT}, {held / COUNT:.1f} each; {left} KiB afterwards")
-    figure(f"the last was gone {late} ms behind its deadline, {took:.1f} s after the first came")
+    figure(
+        f"the last was gone {late:.0f} ms behind its deadline, {took:.1f} s after the first came"
+    )
 
 
 class Dribble:

@@ -43,6 +43,9 @@ class CloseReason(StrEnum):
     INTERNAL = "internal"  # a bug of ours, or the kernel refused an ordinary request
 
 
+NO_MEMORY = "out of memory"  # the detail of an INTERNAL end: a MemoryError says nothing itself
+
+
 class TproxydError(Exception):
     """Base of everything that tproxyd raises on purpose."""
 

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+from lib.netns import run
 from lib.waits import wait_for
 
 
@@ -41,8 +42,36 @@ def resident_kib(pid: int) -> int:
     return int(text.partition("VmRSS:")[2].split()[0])
 
 
+def address_space(pid: int) -> int:
+    """In bytes, used or not: what RLIMIT_AS is about."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def open_files(pids: list[int]) -> int:
     return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids)
+
+
+def soft_limit(pid: int, name: str) -> int:
+    """A resource limit of a process, by the name that /proc has for it ("Max open files")."""
+    for line in Path(f"/proc/{pid}/limits").read_text().splitlines():
+        if line.startswith(name):
+            return int(line.removeprefix(name).split()[0])
+    raise AssertionError(f"no limit {name}")
+
+
+def set_soft_limit(pid: int, name: str, value: int) -> None:
+    """A resource limit of a process that runs, by prlimit(1)'s name for it ("nofile", "as").
+
+    Set by the user that the process has become: one's own processes need no CAP_SYS_RESOURCE.
+    """
+    status = dict(line.split(":\t", 1) for line in _status(pid))
+    uid, gid = status["Uid"].split()[0], status["Gid"].split()[0]
+    who = ("setpriv", "--reuid", uid, "--regid", gid, "--clear-groups")
+    run(*who, "prlimit", "--pid", str(pid), f"--{name}={value}:")
+
+
+def _status(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/status").read_text().splitlines()
 
 
 def is_gone(pid: int) -> bool:

@@ -42,6 +42,9 @@ the last ACK of the handshake (TCP_QUICKACK off delays it, tcp_rcv_synsent_state
 saves a segment and wakes the application once instead of twice: 77 µs against 88 for a connection
 to a local nginx, request and answer included. The relay turns quick ACKs on again behind those
 bytes, or an application that writes in small pieces would wait for delayed ones.
+
+Where accept took the last file descriptor there is none for the upstream: the client waits until
+one is free, as those do that are still in the queue, and accepting stands back behind it.
 """
 
 from __future__ import annotations
@@ -84,6 +87,9 @@ ATTEMPTS = _OWN_CHOICES + _KERNEL_CHOICES
 # How soon an unfinished connect is looked up once more: the look-up right after connect can come
 # while the connection that is in the way is itself still in its handshake.
 _SECOND_LOOK_S = 0.05
+# What a kernel says that has no file descriptor, or no memory for one.
+NO_FILES = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
+_FILES_AGAIN_S = 0.1  # how soon one is asked for again
 
 
 _INET, _INET6, _UNIX = int(socket.AF_INET), int(socket.AF_INET6), int(socket.AF_UNIX)
@@ -104,6 +110,9 @@ class Network(Protocol):
     def tuple_state(self, local: Endpoint, remote: Endpoint) -> int: ...
     def now(self) -> float: ...
     def count_port_retry(self, cause: PortCause) -> None: ...
+    def out_of_files(self) -> None:
+        """There was no file descriptor for an upstream, whose client waits: it comes first."""
+        ...
 
 
 def source_port(client_port: int, attempt: int, keep: bool = False) -> int:
@@ -122,7 +131,9 @@ def source_port(client_port: int, attempt: int, keep: bool = False) -> int:
     return _LOWEST + (client_port - _LOWEST + _SHIFT + attempt * _STRIDE) % _PORTS
 
 
-def dial(plan: Plan, deadline: float, network: Network, speaks: bool = False) -> Step[Dialled]:
+def dial(
+    plan: Plan, deadline: float, downstream: Stream, network: Network, speaks: bool = False
+) -> Step[Dialled]:
     """A connected upstream socket with the planned source. Raises UpstreamError, OSError.
 
     `deadline` is for all attempts together. `speaks`: the caller has bytes that it sends as soon as
@@ -133,7 +144,12 @@ def dial(plan: Plan, deadline: float, network: Network, speaks: bool = False) ->
     where = upstream.host if unix else upstream
     for attempt in range(ATTEMPTS + plan.keep_port if spoof else 1):
         source: Source | None = None  # the kernel's choice
-        stream = network.upstream_socket(plan, speaks)
+        while True:
+            try:
+                stream = network.upstream_socket(plan, speaks)
+                break
+            except OSError as error:
+                yield from _wait_for_files(error, deadline, downstream, network)
         connected = False
         port = 0
         try:
@@ -187,6 +203,19 @@ _BIND_CAUSES = {
     errno.EADDRINUSE: PortCause.IN_USE,
     errno.EADDRNOTAVAIL: PortCause.NOT_AVAILABLE,
 }
+
+
+def _wait_for_files(
+    error: OSError, deadline: float, downstream: Stream, network: Network
+) -> Step[None]:
+    """Until a file descriptor may be free. Raises `error` where it is another one, or too late."""
+    now = network.now()
+    if error.errno not in NO_FILES or now >= deadline:
+        raise error
+    network.out_of_files()
+    until = min(deadline, now + _FILES_AGAIN_S)
+    while network.now() < until:
+        yield Wait(downstream, until)
 
 
 def _unfinished(

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from tproxyd.addr import Client, Endpoint, OriginalDst, Peer, Upstream
 from tproxyd.config import HeaderPolicy, Listener, Scope
-from tproxyd.errors import CloseReason, PeerError, UpstreamError
+from tproxyd.errors import NO_MEMORY, CloseReason, PeerError, UpstreamError
 from tproxyd.flow.announce import Announcer
 from tproxyd.flow.balance import Cluster
 from tproxyd.flow.connect import Dialled, Network, dial
@@ -135,7 +135,8 @@ def serve(
         if lane.cluster is None:
             here = listener.intercept.scope is Scope.LOCAL
             plan = planned(client, Upstream(life.dst), here, downstream, lane, life, world)
-            upstream = yield from dial(plan, began + listener.connect_timeout_s, world, bool(early))
+            deadline = began + listener.connect_timeout_s
+            upstream = yield from dial(plan, deadline, downstream, world, bool(early))
         else:
             upstream = yield from dial_one_of(
                 lane.cluster, client, downstream, lane, life, world, bool(early)
@@ -147,8 +148,8 @@ def serve(
         relay = Passage(lane, life, world, (downstream, upstream.stream), early, len(own))
     except (PeerError, UpstreamError) as failure:
         life.reason, life.detail = failure.reason, failure.detail
-    except OSError as error:
-        life.reason, life.detail = CloseReason.INTERNAL, str(error)
+    except (OSError, MemoryError) as error:
+        life.reason, life.detail = CloseReason.INTERNAL, str(error) or NO_MEMORY
     finally:
         if relay is None:
             world.ended(lane, life, downstream, upstream and upstream.stream, aborted=True)
@@ -298,7 +299,7 @@ def dial_one_of(
                 raise PeerError(CloseReason.LOOP, f"the upstream {upstream} is our own listener")
             plan = planned(client, upstream, member.here, downstream, lane, life, world)
             deadline = world.now() + listener.connect_timeout_s
-            dialled = yield from dial(plan, deadline, world, speaks)
+            dialled = yield from dial(plan, deadline, downstream, world, speaks)
         except UpstreamError as failure:
             its_own = failure.reason in _ITS_FAILURES
             pause = cluster.failed(member, world.now(), its_own)

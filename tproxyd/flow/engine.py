@@ -13,6 +13,10 @@ head says what that means); a handler that is gone is simply not there any more.
 
 Deadlines are kept in coarse buckets, because nearly all of them are cancelled before they fall due:
 setting or cancelling one is a dict operation, and one timer of the loop serves them all.
+
+Memory that is refused ends the connection that asked for it. Where even that needs some, or where
+nobody in particular asked, books may be wrong now and edges lost: then the worker ends, and the
+next one on its slot has memory.
 """
 
 from __future__ import annotations
@@ -21,14 +25,15 @@ import asyncio
 import contextlib
 import heapq
 import logging
+import os
 import select
 import socket
 import time
 from collections import deque
 from collections.abc import Generator
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
-from tproxyd.errors import CloseReason, PeerError
+from tproxyd.errors import NO_MEMORY, CloseReason, PeerError
 from tproxyd.flow.pipes import Pipes
 from tproxyd.flow.relay import BUFFER_SIZE, Direction, Relay
 from tproxyd.flow.stream import Stream, Wait
@@ -44,6 +49,9 @@ _LINGER_S = 0.001
 _TICK_S = 0.05  # how late a deadline may fall due; a second for those of half a minute and more
 _COARSE_TICKS = 20
 _COARSE_FROM_S = 30.0
+
+EXIT_NO_MEMORY = 71  # EX_OSERR of sysexits.h
+_NO_MEMORY = b"tproxyd: a worker has no memory left to go on with: it ends\n"
 
 log = logging.getLogger(__name__)
 
@@ -93,10 +101,13 @@ class Engine:
 
     def _stay(self) -> None:
         """Called by the loop when something has happened: turns, for as long as there is more."""
-        leave_at = time.monotonic() + _STAY_S
-        self.turn()
-        while self.now < leave_at and self.turn(_LINGER_S):
-            pass
+        try:
+            leave_at = time.monotonic() + _STAY_S
+            self.turn()
+            while self.now < leave_at and self.turn(_LINGER_S):
+                pass
+        except MemoryError:
+            give_up()
 
     def turn(self, wait_s: float = 0) -> bool:
         """Handle what has happened since the last turn; whether anything had."""
@@ -206,13 +217,32 @@ class Engine:
 
 
 def end_by_bug(owner: object, error: Exception) -> None:
-    """A bug of ours ends the connection that it met, never the turn: edges come once."""
-    log.error("can't go on with a connection: this is a bug", exc_info=error)
-    if isinstance(owner, Walker | Relay | Direction):
-        try:
-            owner.cut(CloseReason.INTERNAL, repr(error))
-        except Exception:
-            log.exception("can't end a connection: this is a bug")
+    """A bug of ours ends the connection that it met, never the turn: edges come once.
+
+    So does want of memory, of which ending it gives some back.
+    """
+    connection = owner if isinstance(owner, Walker | Relay | Direction) else None
+    try:
+        if not isinstance(error, MemoryError):
+            log.error("can't go on with a connection: this is a bug", exc_info=error)
+            if connection is not None:
+                connection.cut(CloseReason.INTERNAL, repr(error))
+        elif connection is not None:
+            connection.cut(CloseReason.INTERNAL, NO_MEMORY)
+        else:
+            give_up()
+    except MemoryError:
+        give_up()
+    except Exception:
+        log.exception("can't end a connection: this is a bug")
+
+
+def give_up() -> NoReturn:
+    """End this process, which has no memory. Nothing here needs any."""
+    try:
+        os.write(2, _NO_MEMORY)
+    finally:
+        os._exit(EXIT_NO_MEMORY)
 
 
 class Walker:
@@ -308,6 +338,12 @@ class Timers:
         self._handle = self._loop.call_later(max(0.0, delay), self._on_time)
 
     def _on_time(self) -> None:
+        try:
+            self._ring()
+        except MemoryError:
+            give_up()
+
+    def _ring(self) -> None:
         self._handle = None
         now = self._engine.now = time.monotonic()
         while self._ticks and self._ticks[0] * _TICK_S <= now:

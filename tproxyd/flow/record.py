@@ -290,7 +290,10 @@ class LineWriter:
             self._size -= size
             try:
                 whole = os.write(self._fd, b"".join(piece)) == size
-            except OSError:  # ENOSPC, EPIPE: losing lines is better than losing connections
+            except (
+                OSError,
+                MemoryError,
+            ):  # ENOSPC, EPIPE: losing lines is better than losing connections
                 self._dropped(len(piece))
             else:
                 if not whole:

@@ -32,9 +32,9 @@ from tproxyd.flow import listen, policy
 from tproxyd.flow.announce import announcer
 from tproxyd.flow.balance import Cluster
 from tproxyd.flow.clients import ClientCounts
-from tproxyd.flow.connect import Sockets
+from tproxyd.flow.connect import NO_FILES, Sockets
 from tproxyd.flow.connection import Lane, serve
-from tproxyd.flow.engine import Engine
+from tproxyd.flow.engine import Engine, give_up
 from tproxyd.flow.origdst import original_destination, redirected_destination
 from tproxyd.flow.record import LineWriter, Record, formatter
 from tproxyd.flow.relay import Limits
@@ -63,9 +63,11 @@ _ACCEPT_BATCH = 64
 _RESERVED_FILES = 64
 # How soon accepting is tried again when the kernel, not our own limit, had refused a descriptor.
 _RETRY_ACCEPT_S = 0.1
+# And where it was the upstream's: behind clients that ask for theirs every tenth of a second, and a
+# tick of their timers.
+_STAND_BACK_S = 0.2
 # What the supervisor says about upstreams: this, then JSON, {"0": [["10.0.0.5", 80], ...]}.
 _UPSTREAMS = b"upstreams "
-_NO_FILES = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +153,7 @@ class Worker(Sockets, Counting):
         self._active = 0
         self._listening = False
         self._draining = False
+        self._standing_back: asyncio.TimerHandle | None = None
         self._resume_accepting()
         # Stopping is the supervisor's decision. Ctrl-C and systemd signal the whole group at once,
         # and a worker that left early would leave clients before interception has ended.
@@ -195,6 +198,8 @@ class Worker(Sockets, Counting):
     def _resume_accepting(self) -> None:
         if self._listening or self._draining or self._active >= self._capacity:
             return
+        if self._standing_back is not None:
+            return
         self._listening = True
         for door in self._doors:
             self.engine.listen(door.sock, door)
@@ -223,7 +228,7 @@ class Worker(Sockets, Counting):
             except OSError as error:
                 if error.errno == errno.EINVAL:
                     return False  # it listens no more: somebody has shut it down
-                if error.errno not in _NO_FILES:
+                if error.errno not in NO_FILES:
                     continue  # that one connection failed before it was ours (accept(2))
                 self._row[self._cells.accept_pauses] += 1
                 self._pause_accepting()
@@ -231,6 +236,18 @@ class Worker(Sockets, Counting):
                 return False
             self.engine.start(serve(downstream, peer, door.lane, self))
         return True
+
+    def out_of_files(self) -> None:
+        if self._standing_back is not None:
+            self._standing_back.cancel()
+        elif self._listening:
+            self._row[self._cells.accept_pauses] += 1
+        self._pause_accepting()
+        self._standing_back = self._loop.call_later(_STAND_BACK_S, self._come_forward)
+
+    def _come_forward(self) -> None:
+        self._standing_back = None
+        self._resume_accepting()
 
     # Ending ------------------------------------------------------------------------------------
 
@@ -318,33 +335,36 @@ class Worker(Sockets, Counting):
         self, lane: Lane, life: Record, downstream: Stream, upstream: Stream | None, aborted: bool
     ) -> None:
         """Close, count and log: the last thing that happens to every connection, exactly once."""
-        try:  # not contextlib.suppress: 0.5 µs
-            life.rtt_us, life.retransmits = rtt_and_retransmits(downstream)
-        except OSError:
-            life.rtt_us = 0  # it is no longer connected enough to tell
-        forget = self.engine.forget
-        for stream in (downstream, upstream):
-            if stream is not None:
-                if aborted:
-                    reset_on_close(stream)
-                forget(stream)
-                stream.close()
-        if lane.cluster is not None and upstream is not None:
-            assert life.upstream is not None
-            lane.cluster.left(life.upstream)
-        if lane.counts_clients and life.client is not None:
-            self._leave(lane, life.client, life.reason)
-        row, cells = self._row, self._cells
-        row[cells.active[lane.index]] -= 1
-        row[cells.ended[lane.index][life.reason]] += 1
-        row[cells.received] += life.received
-        row[cells.sent] += life.sent
-        if self._log is not None:
-            self._log.write(self._format(life, time.monotonic()))
-        self._active -= 1
-        if not self._listening:
-            self._resume_accepting()
-            self._leave_if_done()
+        try:
+            try:  # not contextlib.suppress: 0.5 µs
+                life.rtt_us, life.retransmits = rtt_and_retransmits(downstream)
+            except OSError:
+                life.rtt_us = 0  # it is no longer connected enough to tell
+            forget = self.engine.forget
+            for stream in (downstream, upstream):
+                if stream is not None:
+                    if aborted:
+                        reset_on_close(stream)
+                    forget(stream)
+                    stream.close()
+            if lane.cluster is not None and upstream is not None:
+                assert life.upstream is not None
+                lane.cluster.left(life.upstream)
+            if lane.counts_clients and life.client is not None:
+                self._leave(lane, life.client, life.reason)
+            row, cells = self._row, self._cells
+            row[cells.active[lane.index]] -= 1
+            row[cells.ended[lane.index][life.reason]] += 1
+            row[cells.received] += life.received
+            row[cells.sent] += life.sent
+            if self._log is not None:
+                self._log.write(self._format(life, time.monotonic()))
+            self._active -= 1
+            if not self._listening:
+                self._resume_accepting()
+                self._leave_if_done()
+        except MemoryError:
+            give_up()  # half of this may be done
 
 
 def _any_plan(spoof: bool) -> policy.Plan:

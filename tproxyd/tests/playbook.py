@@ -319,7 +319,7 @@ class Playbook:
             return self._fail(call, f"written: {self._script[0] if self._script else 'nothing'}")
         line = self._script.pop(0)
         self._told.append(line)
-        if isinstance(line.answer, OSError):
+        if isinstance(line.answer, OSError | MemoryError):
             raise line.answer
         if line.answer is not _UNANSWERED:
             return line.answer
@@ -376,6 +376,9 @@ class Playbook:
 
     def count_port_retry(self, cause: PortCause) -> None:
         self.note(f"count port {cause}")
+
+    def out_of_files(self) -> None:
+        self.note("out of files")
 
     def count_fallback(self, cause: str) -> None:
         self.note(f"count fallback {cause}")

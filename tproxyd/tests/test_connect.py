@@ -44,7 +44,7 @@ FIRST, SECOND = (f"{PEER.host}:{port}" for port in PORTS[:2])
 
 
 def dialling(plan: Plan, book: Playbook) -> Dialled:
-    return book.drive(dial(plan, 5.0, book))
+    return book.drive(dial(plan, 5.0, book.client, book))
 
 
 def port_of(dialled: Dialled) -> int:

@@ -11,6 +11,7 @@ import os
 import pytest
 
 from tproxyd.addr import Endpoint
+from tproxyd.config import Listener
 from tproxyd.errors import CloseReason
 from tproxyd.tests.playbook import (
     APP,
@@ -213,14 +214,55 @@ def test_how_long_a_connect_took_is_counted() -> None:
     assert book.connect_seconds == [1.25]
 
 
-def test_no_socket_for_the_upstream() -> None:
+NO_FILE = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+def test_no_socket_for_the_upstream_yet() -> None:
+    """accept took the last one: the client waits for its own, whatever it sends meanwhile."""
+    book = (
+        Playbook()
+        << "socket IPv4 as client"
+        >> NO_FILE
+        << "out of files"
+        << "wait for client until 0.1"
+        >> Passed(0.04)
+        << "wait for client until 0.1"
+        >> False
+        << dials(AS_PEER)
+        << "relay"
+        >> FIN
+        << ENDED
+    )
+    assert book.play().reason == "downstream_fin"
+
+
+def test_no_socket_for_the_upstream_in_time() -> None:
+    book = Playbook(listener=Listener(connect_timeout_s=0.15))
+    for until in ("0.1", "0.15"):
+        book << "socket IPv4 as client" >> NO_FILE << "out of files"
+        book << f"wait for client until {until}" >> False
+    book << "socket IPv4 as client" >> NO_FILE
+    life = (book << "end client by RST: internal").play()
+    assert "Too many open files" in life.detail
+
+
+def test_a_socket_that_the_kernel_refuses() -> None:
+    """There is nothing to wait for."""
     life = (
         Playbook()
         << "socket IPv4 as client"
-        >> OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        >> OSError(errno.EPERM, os.strerror(errno.EPERM))
         << "end client by RST: internal"
     ).play()
-    assert "Too many open files" in life.detail
+    assert "not permitted" in life.detail
+
+
+def test_no_memory_for_the_upstream() -> None:
+    """That connection ends, in order; a MemoryError has no words of its own."""
+    life = (
+        Playbook() << "socket IPv4 as client" >> MemoryError() << "end client by RST: internal"
+    ).play()
+    assert life.detail == "out of memory"
 
 
 def test_every_source_port_is_taken() -> None:
