@@ -36,8 +36,9 @@ def test_health(net: Topology) -> None:
 
 
 def test_not_ready_without_the_rules(net: Topology) -> None:
-    """Somebody removes them under the daemon; the kernel is asked, not the memory of it."""
-    with Daemon(net.pod) as daemon:
+    """Somebody removes them under a daemon that only watches; the kernel is asked, not a memory."""
+    assert tproxyd(net.pod, "install").returncode == 0
+    with Daemon(net.pod, install=False) as daemon:
         net.pod.run("nft", "delete", "table", "inet", "tproxyd")
         wait_for(lambda: daemon.get("/readyz")[0] == 503, "readyz to say so", timeout=20)
         assert daemon.get("/livez")[0] == 200

@@ -71,6 +71,25 @@ def test_listener_and_no_rules(net: Topology) -> None:
         assert any("tproxyd install" in check["remedy"] for check in doctor(net).values())
 
 
+def test_who_keeps_the_rules(net: Topology) -> None:
+    """It is named; and what only such a one can do is worth nothing without."""
+    config = '[rules]\nguard = "owner"\non_crash = "open"\n'
+    with Daemon(net.pod, config) as daemon:
+        done = tproxyd(net.pod, "doctor", "--json", config=config)
+        (rules,) = [check for check in json.loads(done.stdout) if check["name"] == "rules"]
+        assert f"kept so by tproxyd (process {daemon.pid}: " in rules["detail"]
+        assert complaints(done) == {}
+        assert daemon.stop() == 0
+    tproxyd(net.pod, "install", config=config)
+    (guard,) = [
+        check
+        for name, check in complaints(tproxyd(net.pod, "doctor", "--json", config=config)).items()
+        if name == "guard"
+    ]
+    assert guard["detail"].startswith('guard = "owner" and on_crash = "open", but no daemon')
+    assert guard["remedy"] == "run with --install or --guard"
+
+
 def test_lo_is_down(net: Topology) -> None:
     with Daemon(net.pod):
         net.pod.ip("link set lo down")

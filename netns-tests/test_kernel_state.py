@@ -401,29 +401,6 @@ def test_sigkill_between_any_two_writes(
             installed(pod, config)
 
 
-def test_only_a_write_needs_pyroute2(pod: Namespace, config: Config) -> None:
-    """It is big, and the process that looks every few seconds lives as long as the daemon."""
-    installed(pod, config)
-    done = python(
-        pod,
-        f"""
-        import sys
-        from tproxyd.config import Config, ReturnPath, Rules
-        from tproxyd.kernel import reconcile
-        config = Config(rules=Rules(return_path=ReturnPath("{config.rules.return_path}")))
-        for call in (reconcile.check, reconcile.install, reconcile.clashes):
-            print(call(config), any(name.startswith("pyroute2") for name in sys.modules))
-        reconcile.clean()
-        print(any(name.startswith("pyroute2") for name in sys.modules))
-        """,
-    )
-    lines = done.stdout.splitlines()
-    assert [line.rpartition(" ")[2] for line in lines] == ["False"] * 3 + ["True"], done.stderr
-    assert "differs=()" in lines[0]
-    assert "changed=()" in lines[1]
-    assert lines[2].startswith("()")
-
-
 def test_a_read_only_proc_sys(pod: Namespace) -> None:
     """As containers have it: auto takes the other return path, accept-mark says what to do."""
     done = python(

@@ -37,6 +37,7 @@ def installed() -> Iterator[Machine]:
 @pytest.fixture
 def machine(installed: Machine) -> Iterator[Machine]:
     installed.systemctl("start", "tproxyd")
+    installed.turn_page()
     try:
         yield installed
     except BaseException as error:
@@ -345,8 +346,11 @@ def test_upgrade_to_another_version(machine: Machine, figure: Figure) -> None:
         assert machine.active(DAEMON) == "active"
         assert machine.show(DAEMON, "NRestarts") == "0"
         speak(old)
-        # And systemd watches the new one: it takes up its fds, and its crash.
         assert int(machine.show(DAEMON, "NFileDescriptorStore")) > 0
+        # systemd notices the end of the new one as it would have that of the first.
+        main = machine.main_pid()
+        machine.kill(signal.SIGKILL, main)
+        wait_for(lambda: machine.main_pid() not in (0, main), "the next process", 30)
     finally:
         machine.install()
         machine.sh("rm -r /tmp/next")

@@ -10,7 +10,7 @@ The last one is Istio's tool of that name, with its flags, its messages and its 
 Exit codes, given in one place (`main`): 0 fine; 1 a problem found; 2 usage or configuration; 3 the
 kernel refused. An expected failure is one sentence on stderr, "can't <do>: <why>; <what to try>",
 and never a traceback. What a command needs it imports itself: `tproxyd check` answers in tens of
-milliseconds because neither pyroute2 nor uvloop is ever loaded for it.
+milliseconds because neither uvloop nor ctypes is ever loaded for it.
 """
 
 from __future__ import annotations
@@ -113,10 +113,18 @@ def _arguments() -> argparse.ArgumentParser:
         return each
 
     serving = command(run, "serve in the foreground")
-    serving.add_argument(
+    kept = serving.add_mutually_exclusive_group()
+    kept.add_argument(
         "--install",
         action="store_true",
-        help="make the kernel state once the workers accept, and remove it at the end",
+        help="make the kernel state once the workers accept, heal it whenever another program"
+        " changes it, and remove it at the end",
+    )
+    kept.add_argument(
+        "--guard",
+        action="store_true",
+        help="heal the kernel state that `tproxyd install` has made, and leave it at the end;"
+        " without either of these two, drift is only reported",
     )
     serving.add_argument(
         "--keep-sockets",
@@ -221,6 +229,7 @@ def run(args: argparse.Namespace) -> int:
         supervisor.serve(
             config,
             install=args.install,
+            guard=args.guard,
             reread=functools.partial(read_config, args.config),
             keep_sockets=args.keep_sockets,
         )
@@ -269,8 +278,9 @@ def upgrade(args: argparse.Namespace) -> int:
 
 def install(args: argparse.Namespace) -> int:
     config = _with_backend(args)
-    from tproxyd.kernel import reconcile
+    from tproxyd.kernel import claim, reconcile
 
+    claim.refuse_beside("install the kernel state")
     report = reconcile.install(config)
     for line in (*report.changed, *report.notes) if report.changed else ("nothing to change",):
         print(line)
@@ -281,8 +291,9 @@ def clean(_: argparse.Namespace) -> int:
     """The configuration is not read: what is ours says so itself, and a broken file must not
     keep anybody from removing it.
     """
-    from tproxyd.kernel import reconcile
+    from tproxyd.kernel import claim, reconcile
 
+    claim.refuse_beside("remove the kernel state")
     for line in reconcile.clean().changed or ("nothing to remove",):
         print(line)
     return FINE

@@ -38,6 +38,20 @@ class ReturnPath(StrEnum):
     CONNTRACK = "conntrack"
 
 
+class Guard(StrEnum):
+    """What keeps others from changing the packet rules, besides that they are healed."""
+
+    NONE = "none"
+    OWNER = "owner"  # nft: the table is the property of the process that keeps it
+
+
+class OnCrash(StrEnum):
+    """What becomes of interception when the daemon is gone without a farewell."""
+
+    CLOSED = "closed"  # the rules stay: clients are refused, nothing goes around the proxy
+    OPEN = "open"  # they go: clients reach the application directly
+
+
 class LogFormat(StrEnum):
     JSON = "json"
     TEXT = "text"
@@ -98,6 +112,8 @@ class Rules:
     backend: Backend = Backend.AUTO
     scheme: Scheme = Scheme.LEAN
     return_path: ReturnPath = ReturnPath.AUTO
+    guard: Guard = Guard.NONE
+    on_crash: OnCrash = OnCrash.CLOSED
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,6 +104,8 @@ def _config(t: Table) -> Config:
             backend=rules.word("backend", d.rules.backend),
             scheme=rules.word("scheme", d.rules.scheme),
             return_path=rules.word("return_path", d.rules.return_path),
+            guard=rules.word("guard", d.rules.guard),
+            on_crash=rules.word("on_crash", d.rules.on_crash),
         ),
         log=_log(log),
         listeners=listeners or d.listeners,

@@ -68,6 +68,8 @@ VARIABLES: dict[str, tuple[tuple[str, ...], Callable[[str], object]]] = {
     "TPROXYD_RULES_BACKEND": (("rules", "backend"), _text),
     "TPROXYD_RULES_SCHEME": (("rules", "scheme"), _text),
     "TPROXYD_RULES_RETURN_PATH": (("rules", "return_path"), _text),
+    "TPROXYD_RULES_GUARD": (("rules", "guard"), _text),
+    "TPROXYD_RULES_ON_CRASH": (("rules", "on_crash"), _text),
     "TPROXYD_LOG_ACCESS": (("log", "access"), _text),
     "TPROXYD_LOG_FORMAT": (("log", "format"), _text),
     "TPROXYD_LOG_DAEMON_FORMAT": (("log", "daemon_format"), _text),

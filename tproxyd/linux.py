@@ -24,6 +24,7 @@ IPV6_TRANSPARENT = 75
 IPV6_FREEBIND = 78
 SO_ORIGINAL_DST = 80  # include/uapi/linux/netfilter_ipv4.h, and the same for IPv6
 # include/uapi/asm-generic/socket.h
+_SO_ATTACH_FILTER = 26
 SO_MARK = 36
 # include/uapi/linux/sock_diag.h, inet_diag.h
 _NETLINK_SOCK_DIAG = 4
@@ -128,6 +129,15 @@ def ask_socket(sock: socket.socket, level: int, option: int, request: bytes) -> 
     result = _libc.getsockopt(sock.fileno(), level, option, buffer, ctypes.byref(size))
     _check(result, "getsockopt")
     return buffer.raw[: size.value]
+
+
+def filter_arrivals(sock: socket.socket, program: bytes) -> None:
+    """SO_ATTACH_FILTER: what this program of classic BPF lets pass is all that `sock` receives."""
+    code = ctypes.create_string_buffer(program, len(program))
+    size = len(program) // 8  # struct sock_filter, linux/filter.h
+    sock.setsockopt(
+        socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", size, ctypes.addressof(code))
+    )
 
 
 def interface_is_up(name: str) -> bool:

@@ -55,8 +55,9 @@ def tproxyd(
 class Daemon:
     """`with Daemon(pod, config) as daemon:`, from READY until it is gone.
 
-    `install=False` leaves the kernel alone, `nofile` is its limit of open files, `prefix` a command
-    that starts it (unshare …), `ready=False` does not wait; with `command` it is `tproxyd exec`.
+    `install=False` leaves the kernel alone, `guard` keeps what is there, `nofile` is its limit of
+    open files, `prefix` a command that starts it (unshare …), `ready=False` does not wait;
+    `script` is a Python file in the place of tproxyd's own; with `command` it is `tproxyd exec`.
     """
 
     def __init__(
@@ -65,13 +66,17 @@ class Daemon:
         config: str = "",
         *,
         install: bool = True,
+        guard: bool = False,
         nofile: int | None = None,
         prefix: tuple[str, ...] = (),
         ready: bool = True,
+        script: str = "",
         command: tuple[str, ...] = (),
     ) -> None:
         self.namespace = namespace
-        self.config, self.install, self.nofile, self.prefix = config, install, nofile, prefix
+        self.config, self.nofile, self.prefix = config, nofile, prefix
+        self.program = (sys.executable, script) if script else TPROXYD
+        self.keeps = "--guard" if guard else "--install" if install else ""
         self.wait_ready, self.command = ready, command
         # Not pytest's tmp_path: a unix socket's path has 107 bytes, test names are long.
         self.scratch = Path(tempfile.mkdtemp(prefix="tproxyd-"))
@@ -94,9 +99,9 @@ class Daemon:
         self.notify.bind(str(self.scratch / "notify"))
         config = self.scratch / "tproxyd.toml"
         config.write_text(self.config)
-        verb = ["exec"] if self.command else ["run", *["--install"] * self.install]
+        verb = ["exec"] if self.command else ["run", *self.keeps.split()]
         command = ["--", *self.command] if self.command else []
-        argv = [*self.prefix, *TPROXYD, *verb, "-c", str(config), *command]
+        argv = [*self.prefix, *self.program, *verb, "-c", str(config), *command]
         with (self.scratch / "out").open("wb") as out, (self.scratch / "err").open("wb") as err:
             self.process = subprocess.Popen(
                 self.namespace.argv(*argv),
@@ -104,7 +109,11 @@ class Daemon:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
-                env={**os.environ, "NOTIFY_SOCKET": str(self.scratch / "notify")},
+                env={
+                    **os.environ,
+                    "NOTIFY_SOCKET": str(self.scratch / "notify"),
+                    "PYTHONPATH": str(ROOT),
+                },
                 preexec_fn=self._limit_files if self.nofile else None,
             )
         if self.wait_ready:
@@ -172,6 +181,13 @@ class Daemon:
 
     def workers(self) -> list[int]:
         return [worker["pid"] for worker in self.status()["workers"]]
+
+    def keeper(self) -> int:
+        """The process that holds the kernel state."""
+        for pid in children(self.pid):
+            if Path(f"/proc/{pid}/comm").read_text() == "tproxyd/kernel\n":
+                return pid
+        raise AssertionError("there is no keeper")
 
     def signal(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)

@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 
-from lib.daemon import ROOT, children
+from lib.daemon import ADMIN_PORT, ROOT, children
 from lib.netns import Namespace
 from lib.topology import Topology
 from lib.waits import wait_for
@@ -187,11 +187,21 @@ class Machine:
     def kill(self, number: signal.Signals, pid: int) -> None:
         self.sh(f"kill -{int(number)} {pid}")
 
+    def turn_page(self) -> None:
+        """The journal begins here."""
+        told = self.run("journalctl", "--no-pager", "-n", "0", "--show-cursor")
+        self._page = told.rpartition("-- cursor: ")[2].strip()
+
     def journal(self, unit: str = "tproxyd") -> list[str]:
-        return self.run("journalctl", "--no-pager", "-o", "cat", "-u", unit).splitlines()
+        since = f"--after-cursor={self._page}"
+        return self.run("journalctl", "--no-pager", "-o", "cat", "-u", unit, since).splitlines()
 
     def status(self) -> dict[str, Any]:
-        return dict(json.loads(self.run("tproxyd", "status", "--json")))
+        """Of the running daemon, whatever has become of its configuration file."""
+        with self.net.pod.connect("127.0.0.1", ADMIN_PORT) as sock:
+            sock.sendall(b"GET /status HTTP/1.1\r\nHost: pod\r\nConnection: close\r\n\r\n")
+            answer = b"".join(iter(lambda: sock.recv(65536), b"")).decode()
+        return dict(json.loads(answer.partition("\r\n\r\n")[2]))
 
     def workers(self) -> list[int]:
         return [each["pid"] for each in self.status()["workers"] if each["pid"]]

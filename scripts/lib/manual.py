@@ -127,9 +127,9 @@ _tproxyd() {{
     local word="$2" before="$3" verb="" words="" i
     COMPREPLY=()
     for ((i = 1; i < COMP_CWORD; i++)); do
-        case "${{COMP_WORDS[i]}}" in
-        {" | ".join(names)}) verb="${{COMP_WORDS[i]}}" && break ;;
-        --) return ;;
+        case "$verb${{COMP_WORDS[i]}}" in
+        {" | ".join(names)}) verb="${{COMP_WORDS[i]}}" ;;
+        *--) [[ ${{COMP_WORDS[i]}} != "--" ]] || return ;; # what follows is a program's
         esac
     done
     [[ $before == "=" ]] && before="${{COMP_WORDS[COMP_CWORD - 2]}}"

@@ -29,6 +29,7 @@ _CHECKS: tuple[Callable[[Patient], Iterator[Check]], ...] = (
     state.clashes,
     state.listeners,
     state.rules,
+    state.guard,
     trips.round_trip,
     trips.names,
     trips.backends,
@@ -42,7 +43,7 @@ def run(config: Config) -> list[Check]:
 
 
 def _examine(config: Config) -> Patient:
-    from tproxyd.kernel import desired, reconcile  # only when asked
+    from tproxyd.kernel import claim, desired, reconcile  # only when asked
     from tproxyd.kernel.state import KernelState
 
     facts = reconcile.facts()
@@ -56,6 +57,7 @@ def _examine(config: Config) -> Patient:
         installed=report.installed,
         differs=report.differs,
         clashes=clashes,
+        keeper=claim.holder(),
         unreadable=unreadable,
         backend=desired.backend(config, facts).backend,
         return_path=desired.return_path(config, facts).path,

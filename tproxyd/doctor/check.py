@@ -33,6 +33,7 @@ class Patient:
     installed: bool  # something of ours is in the kernel
     differs: tuple[str, ...]  # how it differs from what the configuration wants
     clashes: tuple[str, ...]  # what others have where we want to be
+    keeper: str  # the daemon that keeps the state as it should be; "" = nobody does
     unreadable: str  # why the kernel state cannot be told; "" when it can
     backend: Backend  # never AUTO
     return_path: ReturnPath

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from tproxyd.config import Guard, OnCrash
 from tproxyd.doctor.check import Check, Patient, Verdict
 
 
@@ -55,9 +56,22 @@ def rules(patient: Patient) -> Iterator[Check]:
     elif patient.differs:
         for difference in patient.differs:
             detail = f"not as configured; to do: {difference}"
-            yield Check("rules", Verdict.FAIL, detail, "tproxyd install does it")
+            log = f"the log of {patient.keeper} says why it does not heal that"
+            remedy = log if patient.keeper else "tproxyd install does it"
+            yield Check("rules", Verdict.FAIL, detail, remedy)
     else:
-        yield Check("rules", Verdict.OK, "rules, routes and sysctls are as configured")
+        kept = f", and kept so by {patient.keeper}" if patient.keeper else ""
+        yield Check("rules", Verdict.OK, f"rules, routes and sysctls are as configured{kept}")
+
+
+def guard(patient: Patient) -> Iterator[Check]:
+    """Only a daemon that keeps the rules can own them, or take them away when it is killed."""
+    rules = patient.config.rules
+    asked = [f'guard = "{rules.guard}"'] if rules.guard is not Guard.NONE else []
+    asked += [f'on_crash = "{rules.on_crash}"'] if rules.on_crash is not OnCrash.CLOSED else []
+    if asked and patient.installed and not patient.keeper:
+        detail = f"{' and '.join(asked)}, but no daemon keeps the rules, which then means nothing"
+        yield Check("guard", Verdict.WARN, detail, "run with --install or --guard")
 
 
 def _someone_listens(port: int) -> bool:

@@ -15,7 +15,7 @@ from tproxyd.istio import leftovers, wire
 from tproxyd.istio.options import IstioOptions
 from tproxyd.istio.run import Outcome
 from tproxyd.istio.wire import NEAR
-from tproxyd.kernel import reconcile
+from tproxyd.kernel import claim, reconcile
 from tproxyd.kernel.desired import BackendChoice, Facts
 from tproxyd.kernel.iptables import Iptables
 from tproxyd.kernel.nft import Nft
@@ -31,6 +31,7 @@ class Machine:
         """Where istio-iptables itself was before, its chains are changed into ours in one step; its
         routes have to make room for ours, for some milliseconds.
         """
+        claim.refuse_beside("install the kernel state")
         chosen = self._chosen(backend)
         removed = _remove(options)
         report = reconcile.install_istio(options, chosen)
@@ -46,6 +47,7 @@ class Machine:
         return reconcile.rules_istio(options, self._chosen(backend), facts=self._facts)
 
     def clean(self, options: IstioOptions) -> Outcome:
+        claim.refuse_beside("remove the kernel state")
         changed = [*reconcile.clean_istio().changed, *_remove(options)]
         if _remove_wire():
             changed.append(f"remove {NEAR}, a validation's wire")

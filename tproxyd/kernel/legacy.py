@@ -3,8 +3,9 @@
 The only importer of iptc, and it imports it in a child process only. What is built on, and around:
 
 - One process cannot do TPROXY for IPv4 and for IPv6: the library keeps one set of extensions. And
-  its import runs ldconfig, for 250 ms. So each reading or writing has a short-lived process of its
-  own, in the same network namespace, that speaks JSON.
+  its import runs ldconfig, for 140 ms. So each reading or writing has a short-lived process of its
+  own, in the same network namespace, that speaks JSON. (Where setuptools is, the import takes 250
+  ms: for a thing of distutils it loads that package's own, unless told to take the standard one.)
 - It takes no lock. Beside another writer 8 of 60 rules were lost without a word, and none of 60
   while we held the lock of the iptables commands, /run/xtables.lock.
 - With autocommit it swallows errors. A table is committed once, by hand, and read back.
@@ -57,8 +58,9 @@ _SIGNS = (PREFIX.encode(), f"{OWNER}\0".encode())
 Foreign = Any  # the library and its objects: it has no types
 
 # By the content of a whole table: a daemon that checks every few seconds starts no processes while
-# nothing changes.
-_known: dict[tuple[Family, Table], tuple[bytes, Listing]] = {}
+# nothing changes. A few contents of each, the last ones: what was healed is as it was before.
+_known: dict[tuple[Family, Table], dict[bytes, Listing]] = {}
+_KEPT = 4
 
 
 class Legacy:
@@ -85,9 +87,9 @@ class Legacy:
     def _list(self, family: Family, tables: dict[Table, bytes]) -> dict[Table, Listing]:
         """What is not known yet is asked for."""
         known = {
-            table: _known[family, table][1]
+            table: _known[family, table][content]
             for table, content in tables.items()
-            if (family, table) in _known and _known[family, table][0] == content
+            if content in _known.get((family, table), ())
         }
         unknown = [table for table in tables if table not in known]
         if unknown:
@@ -95,7 +97,10 @@ class Legacy:
             for name, fields in answer.items():
                 table = Table(name)
                 known[table] = Listing(**fields)
-                _known[family, table] = tables[table], known[table]
+                contents = _known.setdefault((family, table), {})
+                contents[tables[table]] = known[table]
+                if len(contents) > _KEPT:
+                    del contents[next(iter(contents))]
         return {table: replace(known[table], adopt=self._adopt) for table in known}
 
 
@@ -128,7 +133,12 @@ def _ask(action: str, family: Family, request: dict[str, object]) -> dict[str, A
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "PYTHONPATH": path, "LC_ALL": "C"},
+        env={
+            **os.environ,
+            "PYTHONPATH": path,
+            "LC_ALL": "C",
+            "SETUPTOOLS_USE_DISTUTILS": "stdlib",
+        },
     )
     try:
         answer: dict[str, Any] = json.loads(done.stdout.rstrip().rpartition("\n")[2])

@@ -23,6 +23,7 @@ from tproxyd.kernel import xtables
 from tproxyd.kernel.desired import Facts
 from tproxyd.kernel.firewall import Family, Firewall, Table
 from tproxyd.kernel.nft import Nft
+from tproxyd.kernel.ownership import Own
 from tproxyd.kernel.routing import Routing
 from tproxyd.kernel.state import Change, KernelState, Tables
 
@@ -60,6 +61,10 @@ class Machine:
         """Also the time for which a netlink socket is open."""
         with _locked(), contextlib.closing(self._routing):
             yield
+
+    def own(self, how: Own) -> None:
+        """Of nft's table, for as long as this Machine is there."""
+        self._nft.own(how)
 
     def facts(self) -> Facts:
         return replace(self._routing.facts(), legacy_rules=xtables.has_rules(), nft=self._has_nft())
@@ -103,6 +108,12 @@ class Machine:
                 self._backends[backend].apply(family, ())
             case _:
                 self._routing.apply(change)
+
+
+@functools.cache
+def lasting() -> Machine:
+    """One for this process, whatever the configuration: its socket may own the nft table."""
+    return Machine()
 
 
 # The lock -----------------------------------------------------------------------------------------

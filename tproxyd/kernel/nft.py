@@ -10,8 +10,8 @@ started for each call when the library is missing, takes 10 to 30. Facts:
   there or not (nft ≥ 1.0.1). The script needs newlines; the library takes no `; }` on one line.
 - Only our table is ever listed. Older nft crashes on expressions that a newer one has put into
   somebody else's table.
-- Whether our table is there is asked with `list tables inet`: an error would have to be understood
-  by its English text, since libnftables reports no errno.
+- Whether our table is there is asked without nft (nfnetlink.py): its errors would have to be
+  understood by their English text, since libnftables reports no errno.
 - libnftables calls exit() when it gets no netlink socket, and writes to stderr when it lacks
   CAP_NET_ADMIN (being root is not needed). Both are looked at first.
 - A script is not read from stdin together with `nft -j`: it comes back without an answer.
@@ -23,13 +23,18 @@ import ctypes
 import json
 import os
 import socket
+from collections.abc import Callable
 from typing import Protocol
 
 from tproxyd import linux
 from tproxyd.errors import KernelError
-from tproxyd.kernel.firewall import Firewall
-from tproxyd.kernel.nftjson import Listing, lists_our_table, parse
-from tproxyd.kernel.nftlang import TABLE, render
+from tproxyd.kernel import nfnetlink
+from tproxyd.kernel.firewall import Firewall, Unknown
+from tproxyd.kernel.nfnetlink import Described, Refused
+from tproxyd.kernel.nftjson import Listing, parse
+from tproxyd.kernel.nftlang import MEANWHILE, TABLE, render
+from tproxyd.kernel.nftowner import Owner
+from tproxyd.kernel.ownership import Own
 
 LIBRARY = "libnftables.so.1"
 _INSTALL = "install it: apt install libnftables1 (or nftables)"
@@ -38,6 +43,7 @@ _MODULES = (
     " nft_chain_nat"
 )
 
+_FAMILIES = {"inet": 1, "ip": 2, "ip6": 10}  # include/uapi/linux/netfilter.h, NFPROTO_*
 _NETLINK_NETFILTER = 12  # include/uapi/linux/netlink.h
 _OUTPUT_JSON = 1 << 4  # nftables/libnftables.h, NFT_CTX_OUTPUT_JSON
 
@@ -45,9 +51,28 @@ _OUTPUT_JSON = 1 << 4  # nftables/libnftables.h, NFT_CTX_OUTPUT_JSON
 class Nft:
     """The backend. One tool is looked for on first use and kept; not for use by two threads."""
 
-    def __init__(self, library: str = LIBRARY) -> None:
-        self._name = library
+    def __init__(
+        self,
+        library: str = LIBRARY,
+        tables: Callable[[int], dict[str, Described]] = nfnetlink.tables,
+    ) -> None:
+        self._name, self._tables = library, tables
         self._tool: _Tool | None = None
+        self._owner: Owner | None = None
+
+    def own(self, how: Own) -> None:
+        """From now on the table is written as our own; with Own.NOT it is given up, and stands."""
+        if self._owner is not None and self._owner.how is not how:
+            self._owner.release()
+            self._owner = None
+        if how is not Own.NOT and self._owner is None:
+            action = f"own the nft table inet {TABLE}"
+            _may_talk(action)
+            tool = self._find()
+            if not isinstance(tool, _Library):
+                why = f"{tool} ends with each command, and its ownership with it"
+                raise KernelError(action, why, _INSTALL + ', or set guard = "none"')
+            self._owner = Owner(tool.context(), how, self._only_chains)
 
     def probe(self) -> str:
         """Which tool will be used; KernelError where there is none."""
@@ -56,13 +81,52 @@ class Nft:
     def read(self) -> Firewall:
         """What our table holds; () where it is not there."""
         action = f"read the nft table inet {TABLE}"
-        if not lists_our_table(self._ask(action, "list tables inet")):
-            return ()
-        return parse(self._ask(action, f"list table inet {TABLE}"))
+        found = self._of("inet", action)
+        stray = (Unknown(f"table {MEANWHILE}"),) if MEANWHILE in found else ()
+        if TABLE not in found:
+            return stray
+        described = found[TABLE]
+        if self._owner is not None and not self._owner.owns():
+            stray = (*stray, Unknown("a table that is not our own"))
+        if described.asleep:
+            stray = (*stray, Unknown("a table that sleeps"))
+        if not described.flags:
+            return (*parse(self._ask(action, f"list table inet {TABLE}")), *stray)
+        # Its flags say whose it is, which is no part of what it does; and listed it must not be.
+        names = self._chains()
+        if described.objects != len(names):
+            stray = (*stray, Unknown("a table that holds more than chains"))
+        listings = [self._ask(action, f"list chain inet {TABLE} {name}") for name in names]
+        parts = [entry for listing in listings for entry in listing]
+        # Chains first, as a table is listed: a rule stands in a chain that is known.
+        parts.sort(key=lambda entry: "rule" in entry)
+        return (*parse(parts), *stray)
+
+    def _chains(self) -> list[str]:
+        listing = self._ask(f"read the nft table inet {TABLE}", "list chains inet")
+        chains = [entry["chain"] for entry in listing if "chain" in entry]
+        return [each["name"] for each in chains if each["table"] == TABLE]
+
+    def _only_chains(self) -> list[str] | None:
+        names = self._chains()
+        described = self._of("inet", f"read the nft table inet {TABLE}").get(TABLE)
+        return names if described is not None and described.objects == len(names) else None
 
     def apply(self, firewall: Firewall) -> None:
         """Make the table hold exactly this; () removes it."""
-        self._run(f"write the nft table inet {TABLE}", render(firewall), answer=False)
+        action = f"write the nft table inet {TABLE}"
+        if self._owner is not None:
+            try:
+                self._owner.write(firewall)
+            except Refused as refusal:
+                raise _refusal(action, refusal) from None
+        else:
+            there = self._of("inet", action).get(TABLE)
+            # A table that an owner has left: "add" would be a change of its flags.
+            script = render(firewall).partition("\n")[2] if there and there.flags else None
+            self._run(action, script or render(firewall), answer=False)
+        if MEANWHILE in self._of("inet", action):
+            self._run(action, f"delete table inet {MEANWHILE}\n", answer=False)
 
     def others(self, ip: str) -> list[tuple[str, str]]:
         """The tables of family `ip` or `ip6`, and their chains: those of iptables-nft among them.
@@ -70,18 +134,20 @@ class Nft:
         A table without a chain is there with "".
         """
         action = f"list the nft chains of {ip}"
-        tables = [
-            entry["table"] for entry in self._ask(action, f"list tables {ip}") if "table" in entry
-        ]
         chains = [
             entry["chain"] for entry in self._ask(action, f"list chains {ip}") if "chain" in entry
         ]
-        found = [(table["name"], "") for table in tables if table["family"] == ip]
+        found = [(name, "") for name in self._of(ip, action)]
         return found + [(each["table"], each["name"]) for each in chains if each["family"] == ip]
 
     def tables(self, ip: str) -> list[str]:
-        listing = self._ask(f"list the nft tables of {ip}", f"list tables {ip}")
-        return [entry["table"]["name"] for entry in listing if "table" in entry]
+        return [*self._of(ip, f"list the nft tables of {ip}")]
+
+    def _of(self, ip: str, action: str) -> dict[str, Described]:
+        """The tables of a family."""
+        _may_talk(action)
+        self._find()
+        return self._tables(_FAMILIES[ip])
 
     def drop(self, ip: str, table: str, chain: str = "") -> None:
         """One chain, or one table; refused where a rule is in it."""
@@ -101,10 +167,8 @@ class Nft:
         tool = self._find()
         try:
             return tool.run(script, answer)
-        except _Refused as refusal:
-            lines = str(refusal).strip().splitlines() or ["no reason given"]
-            hint = f"is `nft` here at least 1.0.1, and does the kernel have {_MODULES}?"
-            raise KernelError(action, lines[0].removeprefix("Error: "), hint) from None
+        except Refused as refusal:
+            raise _refusal(action, refusal) from None
 
     def _find(self) -> _Tool:
         if self._tool is None:
@@ -113,6 +177,14 @@ class Nft:
             except OSError as error:
                 self._tool = _command(str(error))
         return self._tool
+
+
+def _refusal(action: str, refusal: Refused) -> KernelError:
+    lines = str(refusal).strip().splitlines() or ["no reason given"]
+    hint = f"is `nft` here at least 1.0.1, and does the kernel have {_MODULES}?"
+    if "Operation not permitted" in lines[0]:
+        hint = f"another process owns that table: stop it (nft list table inet {TABLE} names it)"
+    return KernelError(action, lines[0].removeprefix("Error: "), hint)
 
 
 def _command(missing: str) -> _Command:
@@ -136,10 +208,6 @@ def _may_talk(action: str) -> None:
 
 
 # The two tools ------------------------------------------------------------------------------------
-
-
-class _Refused(Exception):
-    """nft said no; its words."""
 
 
 class _Tool(Protocol):
@@ -168,21 +236,42 @@ class _Library:
     def __str__(self) -> str:
         return self._name
 
+    def context(self) -> _Context:
+        """One that is kept, with its socket."""
+        return _Context(self._library)
+
     def run(self, script: str, answer: bool) -> str:
-        library = self._library
         # A context for each run: it caches what it has seen of the kernel, and holds a socket.
-        context = library.nft_ctx_new(0)
+        context = self.context()
         try:
-            library.nft_ctx_buffer_output(context)
-            library.nft_ctx_buffer_error(context)
-            library.nft_ctx_output_set_flags(context, _OUTPUT_JSON if answer else 0)
-            failed = library.nft_run_cmd_from_buffer(context, script.encode())
-            output: bytes = library.nft_ctx_get_output_buffer(context)
-            if failed:
-                raise _Refused(library.nft_ctx_get_error_buffer(context).decode(errors="replace"))
-            return output.decode()
+            return context.run(script, answer)
         finally:
-            library.nft_ctx_free(context)
+            context.close()
+
+
+class _Context:
+    """struct nft_ctx, and the netlink socket that it opens."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        # It does not tell its socket; it is the lowest number that is free.
+        self.fd = os.open("/", os.O_PATH | os.O_CLOEXEC)
+        os.close(self.fd)
+        self._library = library
+        self._context = library.nft_ctx_new(0)
+        library.nft_ctx_buffer_output(self._context)
+        library.nft_ctx_buffer_error(self._context)
+
+    def run(self, script: str, answer: bool = False) -> str:
+        library, context = self._library, self._context
+        library.nft_ctx_output_set_flags(context, _OUTPUT_JSON if answer else 0)
+        failed = library.nft_run_cmd_from_buffer(context, script.encode())
+        output: bytes = library.nft_ctx_get_output_buffer(context)
+        if failed:
+            raise Refused(library.nft_ctx_get_error_buffer(context).decode(errors="replace"))
+        return output.decode()
+
+    def close(self) -> None:
+        self._library.nft_ctx_free(self._context)
 
 
 class _Command:
@@ -208,5 +297,5 @@ class _Command:
             env={**os.environ, "LC_ALL": "C"},
         )
         if done.returncode != 0:
-            raise _Refused(done.stderr)
+            raise Refused(done.stderr)
         return done.stdout

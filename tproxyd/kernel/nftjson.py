@@ -52,18 +52,11 @@ from tproxyd.kernel.firewall import (
     Unknown,
     Verdict,
 )
-from tproxyd.kernel.nftlang import BASES, TABLE
+from tproxyd.kernel.nftlang import BASES
 from tproxyd.reader import merge_ranges
 
 # The array "nftables" of nft's JSON. Any: it is taken apart by pattern here and nowhere else.
 Listing = list[dict[str, Any]]
-
-
-def lists_our_table(listing: Listing) -> bool:
-    return any(
-        isinstance(entry.get("table"), dict) and entry["table"].get("name") == TABLE
-        for entry in listing
-    )
 
 
 def parse(listing: Listing) -> Firewall:

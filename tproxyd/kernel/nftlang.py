@@ -49,6 +49,8 @@ from tproxyd.kernel.firewall import (
 )
 
 TABLE = "tproxyd"
+# Stands in while the table of that name is made anew (nftowner.py).
+MEANWHILE = "tproxyd-meanwhile"
 
 
 class Base(NamedTuple):
@@ -74,22 +76,48 @@ BASES = {
 
 def render(firewall: Firewall) -> str:
     """The script that replaces our table by this, in one transaction; for () it removes it."""
-    lines = [f"add table inet {TABLE}", f"delete table inet {TABLE}"]
-    if firewall:
-        lines.append(f"table inet {TABLE} {{")
-        for chain in firewall:
-            assert isinstance(chain, Chain), "only what is wanted is written"
-            lines += [f"\t{line}" if line else "" for line in _chain(chain)]
-        lines.append("}")
+    head = f"add table inet {TABLE}\ndelete table inet {TABLE}\n"
+    return head + (table_text(firewall) if firewall else "")
+
+
+def table_text(firewall: Firewall, name: str = TABLE, *, owned: bool = False) -> str:
+    """The table as a declaration, for where there is none of that name."""
+    lines = [f"table inet {name} {{", *(["\tflags owner"] if owned else [])]
+    for chain in firewall:
+        assert isinstance(chain, Chain), "only what is wanted is written"
+        lines += [f"\t{line}" if line else "" for line in _chain(chain)]
+    return "\n".join([*lines, "}"]) + "\n"
+
+
+def refill(firewall: Firewall, before: Iterable[str]) -> str:
+    """The script that puts this in the place of the chains that are there; the table stays.
+
+    The table itself is not named by a statement: that would be a change of its flags.
+    """
+    lines = [f"flush table inet {TABLE}"]
+    lines += [f"delete chain inet {TABLE} {name}" for name in before]
+    for chain in firewall:
+        assert isinstance(chain, Chain), "only what is wanted is written"
+        base = "" if chain.hook is None else f" {{\n\t{_base(chain.hook)}\n}}"
+        lines.append(f"add chain inet {TABLE} {chain.name}{base}")
+    for chain in firewall:
+        assert isinstance(chain, Chain), "only what is wanted is written"
+        for rule in chain.rules:
+            assert isinstance(rule, Rule), "only what is wanted is written"
+            lines.append(f"add rule inet {TABLE} {chain.name} {_rule(rule)}")
     return "\n".join(lines) + "\n"
+
+
+def _base(hook: Hook) -> str:
+    kind, at, priority = BASES[hook]
+    name = "mangle" if priority == _MANGLE else priority
+    return f"type {kind} hook {at} priority {name}; policy accept;"
 
 
 def _chain(chain: Chain) -> list[str]:
     lines = [f"chain {chain.name} {{"]
     if chain.hook is not None:
-        kind, hook, priority = BASES[chain.hook]
-        at = "mangle" if priority == _MANGLE else priority
-        lines.append(f"\ttype {kind} hook {hook} priority {at}; policy accept;")
+        lines.append(f"\t{_base(chain.hook)}")
     said = ""
     for rule in chain.rules:
         assert isinstance(rule, Rule), "only what is wanted is written"

@@ -37,6 +37,7 @@ from tproxyd.kernel.desired import (
 from tproxyd.kernel.firewall import Firewall
 from tproxyd.kernel.machine import Machine
 from tproxyd.kernel.nftlang import render
+from tproxyd.kernel.ownership import ownership
 from tproxyd.kernel.routing import Routing
 from tproxyd.kernel.state import EMPTY, Change, KernelState, Stage, Tables, diff, made_by
 
@@ -50,6 +51,7 @@ class Report:
         str, ...
     ] = ()  # what is still not as it should be: the changes that would fix it
     notes: tuple[str, ...] = ()  # what the operator should hear
+    wrong: tuple[str, ...] = ()  # of what was there, where it was changed
     installed: bool = False  # the kernel holds something of ours
     return_path: ReturnPath | None = None  # how answers on this host find home, if there are any
 
@@ -78,14 +80,29 @@ class World(Protocol):
 
 def install(config: Config, *, intercept: bool = True, world: World | None = None) -> Report:
     """Make the state that `config` asks for; without `intercept` the part that a drain needs."""
-    world = world or Machine()
+    return _install(config, intercept, world or Machine())
+
+
+def keep(config: Config, world: Machine, *, intercept: bool = True) -> Report:
+    """As install, by the process that keeps this state: its table is its own, if asked for."""
+    return _install(config, intercept, world, keeper=world)
+
+
+def _install(
+    config: Config, intercept: bool, world: World, *, keeper: Machine | None = None
+) -> Report:
     with world.lock():
         facts = world.facts()
+        said = notes(config, facts)
+        if keeper is not None:
+            own, more = ownership(config, facts)
+            keeper.own(own)
+            said = (*said, *more)
         want = desired(config, facts=facts, intercept=intercept)
         if want.routes and not facts.lo_up:
             why = "lo is down, and answers come home through it"
             raise KernelError("install the kernel state", why, "ip link set lo up")
-        return _reconcile(want, world, notes(config, facts), _chosen(config, facts))
+        return _reconcile(want, world, said, _chosen(config, facts))
 
 
 def _chosen(config: Config, facts: Facts) -> ReturnPath | None:
@@ -106,7 +123,7 @@ def check(config: Config, *, intercept: bool = True, world: World | None = None)
     said, chosen = notes(config, facts), _chosen(config, facts)
     want = desired(config, facts=facts, intercept=intercept)
     differs = tuple(map(str, diff(have, want)))
-    return Report((), differs, said, have != EMPTY, chosen)
+    return Report((), differs, said, (), have != EMPTY, chosen)
 
 
 def rules(config: Config, *, facts: Facts) -> str:
@@ -159,7 +176,7 @@ def check_istio(
         chosen = _asked(asked, world.facts())
         have = _read(world)
     want = EMPTY if options is None else desired_istio(options, chosen.backend)
-    return Report((), tuple(map(str, diff(have, want))), (chosen.why,), have != EMPTY)
+    return Report((), tuple(map(str, diff(have, want))), (chosen.why,), (), have != EMPTY)
 
 
 def clean_istio(*, world: World | None = None) -> Report:
@@ -212,6 +229,7 @@ def _reconcile(
     # Install must not write over what it cannot read; clean cleans what can be read.
     have = _read(world, errors if want == EMPTY else None)
     changed: list[str] = []
+    wrong: list[str] = []
     failed: set[Stage] = set()
     for change in diff(have, want):
         if _is_left_out(change.stage, failed):
@@ -223,12 +241,13 @@ def _reconcile(
             failed.add(change.stage)
         else:
             changed.append(str(change))
+            wrong.append(change.symptom)
     if changed or failed:
         have = _read(world, errors)
     left = tuple(map(str, diff(have, want)))
     if errors or left:
         raise _failure(errors, changed, left)
-    return Report(tuple(changed), (), said, have != EMPTY, chosen)
+    return Report(tuple(changed), (), said, tuple(wrong), have != EMPTY, chosen)
 
 
 def _is_left_out(stage: Stage, failed: set[Stage]) -> bool:

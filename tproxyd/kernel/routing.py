@@ -1,8 +1,5 @@
-"""Policy rules and local routes, read and written; and the sysctls. The only pyroute2 importer.
+"""Policy rules and local routes, read and written; and the sysctls.
 
-What is read is read with netlink.py, what is written goes through pyroute2. That is imported for
-the first write, since it is 10 MB in a process that may only ever look, and in part (`_Pyroute2`);
-it runs an event loop of its own inside, so nothing here may be called where an asyncio loop runs.
 What is built on:
 
 - Ours is what carries one of our protocol numbers (state.py), in every table.
@@ -18,13 +15,8 @@ What is built on:
 from __future__ import annotations
 
 import errno
-import functools
-import importlib.util
 import os
-import sys
-import types
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 from tproxyd.addr import fold
 from tproxyd.errors import KernelError
@@ -32,7 +24,20 @@ from tproxyd.kernel import items, netlink, sysctls
 from tproxyd.kernel.chains import mark_mask
 from tproxyd.kernel.desired import Facts
 from tproxyd.kernel.firewall import Family
-from tproxyd.kernel.netlink import RTM_DELROUTE, RTM_DELRULE, RTM_GETROUTE, RTM_GETRULE, Item
+from tproxyd.kernel.netlink import (
+    CREATE,
+    EXCLUSIVE,
+    REPLACE,
+    RTM_DELADDR,
+    RTM_DELROUTE,
+    RTM_DELRULE,
+    RTM_GETROUTE,
+    RTM_GETRULE,
+    RTM_NEWADDR,
+    RTM_NEWROUTE,
+    RTM_NEWRULE,
+    Item,
+)
 from tproxyd.kernel.state import (
     MARK_SYSCTLS,
     NUMBERS,
@@ -72,14 +77,12 @@ class Routing:
 
     def __init__(self) -> None:
         self._netlink: netlink.Netlink | None = None
-        self._pyroute2: Any = None
         self._read: tuple[list[Item], list[Item]] | None = None  # until something is changed
 
     def close(self) -> None:
-        for each in (self._netlink, self._pyroute2):
-            if each is not None:
-                each.close()
-        self._netlink = self._pyroute2 = self._read = None
+        if self._netlink is not None:
+            self._netlink.close()
+        self._netlink = self._read = None
 
     def facts(self) -> Facts:
         """What `desired` must know of this machine."""
@@ -124,29 +127,27 @@ class Routing:
         self._read = None
         match change.old, change.new:
             case _, Sysctl() as new:
-                self._write(new.name, new.value)
+                self._write_sysctl(new.name, new.value)
             case Sysctl() as old, None:
-                self._write(old.name, 0)
+                self._write_sysctl(old.name, 0)
             case None, Route() as new:
-                self._ask(change, "route", "add", **items.route_arguments(new))
+                self._write(change, RTM_NEWROUTE, items.route_body(new), CREATE | EXCLUSIVE)
             case _, Route() as new:
-                self._ask(change, "route", "replace", **items.route_arguments(new))
+                self._write(change, RTM_NEWROUTE, items.route_body(new), CREATE | REPLACE)
             case Route() as old, None:
-                self._drop(change, "route", "del", **items.route_arguments(old))
-            case None, Address() as new:
-                self._ask(change, "addr", "add", **items.address_arguments(new))
-            case Address() as old, Address() as new:
-                self._drop(change, "addr", "del", **items.address_arguments(old))
-                self._ask(change, "addr", "add", **items.address_arguments(new))
+                self._drop(change, RTM_DELROUTE, items.route_body(old))
+            case old, Address() as new:
+                if isinstance(old, Address):
+                    self._drop(change, RTM_DELADDR, items.address_body(old))
+                self._write(change, RTM_NEWADDR, items.address_body(new), CREATE | EXCLUSIVE)
             case Address() as old, None:
-                self._drop(change, "addr", "del", **items.address_arguments(old))
-            case None, PolicyRule() as new:
-                self._ask(change, "rule", "add", **items.rule_arguments(new))
-            case PolicyRule() as old, PolicyRule() as new:
-                self._ask(change, "rule", "add", **items.rule_arguments(new))
-                self._drop(change, "rule", "del", **items.rule_arguments(old))
+                self._drop(change, RTM_DELADDR, items.address_body(old))
+            case old, PolicyRule() as new:
+                self._write(change, RTM_NEWRULE, items.rule_body(new), CREATE | EXCLUSIVE)
+                if isinstance(old, PolicyRule):
+                    self._drop(change, RTM_DELRULE, items.rule_body(old))
             case PolicyRule() as old, None:
-                self._drop(change, "rule", "del", **items.rule_arguments(old))
+                self._drop(change, RTM_DELRULE, items.rule_body(old))
             case (UnknownRoute() | UnknownRule()) as old, None:
                 self._drop_unknown(change, old)
             case _:
@@ -175,29 +176,25 @@ class Routing:
                     found.append(f"{rule} has the place of ours")
         return tuple(found)
 
-    def _ask(self, action: object, method: str, *words: str, **fields: object) -> None:
-        """Call a method of pyroute2's socket; KernelError for this action where it is refused."""
-        pyroute2 = _pyroute2()
-        if self._pyroute2 is None:
-            self._pyroute2 = pyroute2.IPRoute(strict_check=True)
+    def _write(self, action: object, kind: int, body: bytes, flags: int = 0) -> None:
         try:
-            list(getattr(self._pyroute2, method)(*words, **fields))
-        except pyroute2.NetlinkError as error:
-            raise _refusal(action, OSError(error.code, os.strerror(error.code))) from error
+            self._reader().write(kind, body, flags)
+        except OSError as error:
+            raise _refusal(action, error) from error
 
-    def _write(self, name: str, value: int) -> None:
+    def _drop(self, action: object, kind: int, body: bytes) -> None:
+        """A removal: that it is gone already is what was wanted."""
+        try:
+            self._reader().write(kind, body)
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise _refusal(action, error) from error
+
+    def _write_sysctl(self, name: str, value: int) -> None:
         try:
             sysctls.write(name, value)
         except OSError as error:
             raise _refusal(f"set {name}={value}", error) from error
-
-    def _drop(self, action: object, method: str, *words: str, **fields: object) -> None:
-        """A removal: that it is gone already is what was wanted."""
-        try:
-            self._ask(action, method, *words, **fields)
-        except KernelError as error:
-            if error.__cause__.code not in _GONE:  # type: ignore[union-attr]
-                raise
 
     def _drop_unknown(self, action: object, what: UnknownRoute | UnknownRule) -> None:
         """The first that reads so: of two equal ones only one goes."""
@@ -270,41 +267,9 @@ def _refusal(action: object, error: OSError) -> KernelError:
     return KernelError(str(action), error.strerror or str(error), hint)
 
 
-def prepare() -> None:
-    """Import now what the first write needs."""
-    _pyroute2()
-
-
 def in_host_netns() -> bool:
     """The tables of net.core that are not per namespace exist in the first namespace only."""
     return os.path.exists("/proc/sys/net/core/netdev_max_backlog")
-
-
-class _Pyroute2(NamedTuple):
-    IPRoute: Any
-    NetlinkError: Any
-
-
-@functools.cache
-def _pyroute2() -> _Pyroute2:
-    """The parts of pyroute2 that are needed here.
-
-    Its __init__ imports all of it: 110 ms and 13 MB where asyncio is loaded already, against 45 ms
-    for these. So an empty package of its name stands in for it meanwhile; whoever imports pyroute2
-    later gets the real one.
-    """
-    stand_in = None
-    if "pyroute2" not in sys.modules and (spec := importlib.util.find_spec("pyroute2")):
-        stand_in = types.ModuleType("pyroute2")
-        stand_in.__path__ = list(spec.submodule_search_locations or ())
-        sys.modules["pyroute2"] = stand_in
-    try:
-        from pyroute2.iproute.linux import IPRoute
-        from pyroute2.netlink.exceptions import NetlinkError
-    finally:
-        if stand_in is not None:
-            del sys.modules["pyroute2"]
-    return _Pyroute2(IPRoute, NetlinkError)
 
 
 def _remembered(routes: list[Item], rules: list[Item]) -> frozenset[str]:

@@ -262,6 +262,30 @@ class Change:
             return f"replace {self.old} by {self.new}"
         return f"remove {self.old}" if self.new is None else f"add {self.new}"
 
+    @property
+    def symptom(self) -> str:
+        """What was wrong that this puts right."""
+        match self.old, self.new:
+            case (tuple(), _) | (_, tuple()):
+                what = "the firewall rules (nft table inet tproxyd)"
+                return f"{what} were {_fared(self.old, self.new)}"
+            case (Tables(), _) | (_, Tables()):
+                return f"{self.old or self.new} were {_fared(self.old, self.new)}"
+            case Sysctl(), Sysctl():
+                return f"{self.old} instead of {self.new}"
+            case _, Sysctl() as new:
+                return f"{new} was not set"
+            case _, None:
+                return f"too much: {self.old}"
+            case None, _:
+                return f"missing: {self.new}"
+            case _:
+                return f"{self.old} instead of {self.new}"
+
+
+def _fared(old: object, new: object) -> str:
+    return "changed" if old and new else "gone" if new else "too much"
+
 
 def diff(have: KernelState, want: KernelState) -> tuple[Change, ...]:
     """The changes that lead from `have` to `want`, in the order in which to make them."""

@@ -15,7 +15,7 @@ from tproxyd.proc import counters, status
 from tproxyd.proc.connections import Connections
 from tproxyd.proc.generation import Generation
 from tproxyd.proc.history import History, HistoryPart
-from tproxyd.proc.reconciler import Reconciler, State
+from tproxyd.proc.reconciler import Reconciler
 from tproxyd.proc.rows import Listing, Sort
 from tproxyd.proc.startup import age_ms
 
@@ -48,16 +48,12 @@ class Answers:
             return ["stopping"]
         reasons = [] if now.phase == "ready" else ["starting"]
         reasons += now.generations[0].unready()
-        verdict = await self._kernel.check()
-        if verdict.state is State.NOT_INSTALLED:
-            reasons.append("kernel state: not installed")
-        elif verdict.state is State.DRIFT:
-            reasons.append(f"kernel state: drift; to do: {'; '.join(verdict.detail)}")
+        if why := (await self._kernel.check()).unready:
+            reasons.append(why)
         return reasons
 
     async def status(self) -> status.Snapshot:
         reasons = await self.unready()
-        verdict, now = self._kernel.verdict, time.monotonic()
         counted, standing = self._totals.samples(), self._standing()
         serving = standing.generations[0]
         return {
@@ -87,12 +83,9 @@ class Answers:
             "connections": status.connections_part(counted),
             "rates": self.history.rates(),
             "counters": status.counters_part(counted),
-            "kernel": {
-                "state": verdict.state,
-                "detail": list(verdict.detail),
-                "return_path": verdict.return_path,
-                "checked_s_ago": (round(now - verdict.read_at, 1) if verdict.read_at > 0 else None),
-            },
+            "kernel": status.kernel_part(
+                self._kernel.verdict, self._kernel.heals, time.monotonic()
+            ),
         }
 
     async def open_connections(self, sort: Sort, limit: int) -> Listing:
@@ -109,6 +102,7 @@ class Answers:
             worker_restarts=standing.restarts + sum(g.restarts for g in standing.generations),
             kernel_drift=self._kernel.drifts,
             upstreams=serving.upstreams.counts(),
+            heals=self._kernel.heals.counts(),
             reloads=(standing.reload["done"], standing.reload["failed"]),
             reload_failed=bool(standing.reload["error"]),
         )

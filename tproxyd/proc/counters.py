@@ -14,12 +14,14 @@ and gc collectors would describe the supervisor, which carries no traffic.
 
 from __future__ import annotations
 
+import itertools
 import mmap
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from tproxyd import __version__
 from tproxyd.flow.tally import Cell, Kind, Layout, Metric
+from tproxyd.proc.heals import BOUNDS, HealCounts
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric as Family
@@ -155,6 +157,7 @@ class Own(NamedTuple):
     upstreams: tuple[UpstreamCounts, ...] = ()
     reloads: tuple[int, int] = (0, 0)  # those that worked, and those that failed
     reload_failed: bool = False  # the last one
+    heals: HealCounts = HealCounts()
 
 
 def exposition(counted: Page | Totals, own: Own) -> tuple[bytes, str]:
@@ -213,6 +216,22 @@ def _families(of: dict[str, Samples], own: Own) -> Iterator[Family]:
         "tproxyd_reload_failed",
         "1 while an older configuration is served, since the last reload failed.",
         int(own.reload_failed),
+    )
+    heals = CounterMetricFamily(
+        "tproxyd_kernel_heals",
+        "Attempts to put right what others had changed of the kernel state.",
+        labels=("result",),
+    )
+    heals.add_metric(("healed",), own.heals.healed)
+    heals.add_metric(("failed",), own.heals.failed)
+    yield heals
+    totals = tuple(itertools.accumulate(own.heals.buckets))
+    bounds = (*map(str, BOUNDS), "+Inf")
+    yield HistogramMetricFamily(
+        "tproxyd_kernel_heal_seconds",
+        "From the first sign that the kernel state was changed until it was right again.",
+        buckets=list(zip(bounds, totals, strict=True)),
+        sum_value=own.heals.seconds,
     )
     upstreams = GaugeMetricFamily(
         "tproxyd_upstreams",

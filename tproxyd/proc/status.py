@@ -8,7 +8,7 @@ listener does, which the log uses at the start. Pure.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from tproxyd.addr import Endpoint
 from tproxyd.config import Intercept, Listener, Scope, Via
@@ -16,9 +16,13 @@ from tproxyd.flow.tally import ACTIVE, CONNECT_SECONDS, CONNECTIONS, METRICS, Ki
 from tproxyd.proc import figures
 from tproxyd.proc.counters import Histogram, Samples
 from tproxyd.proc.figures import columns
+from tproxyd.proc.heals import HealPart, Heals
 from tproxyd.proc.picture import Entry, Health
 from tproxyd.proc.rows import Listing, Row
 from tproxyd.reader import EVERY_PORT, PortRanges
+
+if TYPE_CHECKING:
+    from tproxyd.proc.reconciler import Verdict
 
 
 class AddressPart(TypedDict):
@@ -80,6 +84,10 @@ class KernelPart(TypedDict):
     detail: list[str]
     return_path: str
     checked_s_ago: float | None
+    heals: int
+    heal_failures: int
+    trouble: str  # why healing fails now; "" when it does not
+    last_heal: HealPart | None
 
 
 class Snapshot(TypedDict):
@@ -103,6 +111,19 @@ def connections_part(of: dict[str, Samples]) -> ConnectionsPart:
         "active": sum(of[ACTIVE.name].by("listener").values()),
         "total": sum(ended.values()),
         "by_close_reason": ended,
+    }
+
+
+def kernel_part(verdict: Verdict, heals: Heals, now: float) -> KernelPart:
+    return {
+        "state": verdict.state,
+        "detail": list(verdict.detail),
+        "return_path": verdict.return_path,
+        "checked_s_ago": round(now - verdict.read_at, 1) if verdict.read_at > 0 else None,
+        "heals": heals.healed,
+        "heal_failures": heals.failed,
+        "trouble": verdict.trouble,
+        "last_heal": heals.last,
     }
 
 
@@ -246,6 +267,13 @@ def _lines(s: Snapshot) -> Iterator[str]:
     ago = kernel["checked_s_ago"]
     yield f"kernel state: {kernel['state']}{by}{'' if ago is None else f' ({ago:.0f} s ago)'}"
     yield from (f"  {sentence}" for sentence in kernel["detail"])
+    if kernel["trouble"]:
+        yield f"  healing fails: {kernel['trouble']}"
+    if (last := kernel["last_heal"]) is not None:
+        whose = f", changed by {', '.join(last['by'])}" if last["by"] else ""
+        took = f"{last['seconds'] * 1000:.0f} ms"
+        yield f"  healed {kernel['heals']} times; last at {last['at']} in {took}{whose}:"
+        yield from (f"    {sentence}" for sentence in last["wrong"])
     yield ""
     yield from columns(
         ["LISTENER", "PORT", "FAMILIES", "TAKES"],

@@ -46,7 +46,7 @@ from tproxyd.proc.commands import Handler
 from tproxyd.proc.connections import Connections
 from tproxyd.proc.endpoints import Endpoints
 from tproxyd.proc.generation import Generation, ending_of, kill_hung
-from tproxyd.proc.reconciler import Reconciler, load_to_install
+from tproxyd.proc.reconciler import Reconciler
 from tproxyd.proc.sockets import Listening, Sockets
 from tproxyd.proc.startup import age_ms, log_to_stderr, raise_file_limit
 from tproxyd.proc.upstreams import FIRST_S
@@ -74,6 +74,7 @@ class Supervisor:
         kernel: Reconciler,
         *,
         install: bool,
+        guard: bool = False,
         worker: Callable[[WorkerSpec], None],
         listening: Listening,
         reread: Callable[[], Config] | None = None,
@@ -82,7 +83,7 @@ class Supervisor:
         inheritance: upgrade.Inheritance | None = None,
     ) -> None:
         """`reread` gives the configuration as it is now, for a reload."""
-        self._config, self._install, self._kernel = config, install, kernel
+        self._config, self._install, self._guard, self._kernel = config, install, guard, kernel
         self._command, self._reread, self._keep_sockets = command, reread, keep_sockets
         self._worker = worker
         self._inheritance = inheritance or upgrade.Inheritance()
@@ -147,6 +148,8 @@ class Supervisor:
 
     async def _start(self) -> None:
         self._files = raise_file_limit()
+        if (self._install or self._guard) and self._inheritance.predecessor is None:
+            await self._kernel.claim()
         generation = self._generation = self._beget(self._config)
         self._tasks.append(self._loop.create_task(self._answers.history.run()))
         endpoints = self._endpoints = self._open_endpoints(self._config, self._inheritance.admin)
@@ -164,10 +167,8 @@ class Supervisor:
             return
         await self._inheritance.take_over()
         await endpoints.serve()
-        if self._install:
-            self._installed = True  # from here on there may be something to remove
-            for note in (await self._kernel.install()).notes:
-                log.info("%s", note)
+        self._installed = self._install  # from here on there may be something to remove
+        await self._keep_kernel()
         self._sockets.settle(self._config)
         self._ready = True
         self._inheritance.settled()
@@ -230,6 +231,14 @@ class Supervisor:
                 log.warning("%s: this machine has no IPv6: IPv4 only", listener.name)
         if config.admin is not None:
             log.info("admin endpoint: http://%s/", config.admin)
+
+    async def _keep_kernel(self) -> None:
+        """Make, or keep, the kernel state, where that is for us to do."""
+        if self._install:
+            for note in (await self._kernel.install()).notes:
+                log.info("%s", note)
+        elif self._guard:
+            await self._kernel.guard()
 
     async def _watch_kernel(self) -> None:
         while True:
@@ -376,8 +385,7 @@ class Supervisor:
                 await successor.takes_over()
         except BaseException as error:
             successor.dismiss()
-            await self._kernel.take_back()
-            await self._endpoints.serve()
+            await self._take_back()
             if isinstance(error, TimeoutError):
                 why = f"the new process is not done after {upgrade.UPGRADE_TIMEOUT_S:g} s"
                 raise KernelError("upgrade", why, "the old process goes on") from None
@@ -387,6 +395,15 @@ class Supervisor:
         systemd.notify(f"MAINPID={successor.pid}")
         self._stop.set()
         return f"process {successor.pid} serves from here on"
+
+    async def _take_back(self) -> None:
+        """What was let go for a successor that came to nothing."""
+        assert self._endpoints is not None
+        for again in (self._keep_kernel, self._endpoints.serve):
+            try:
+                await again()
+            except KernelError as error:
+                log.error("%s", error)
 
     def _serving(self) -> Generation:
         assert self._generation is not None, "changes wait for the start"
@@ -415,7 +432,7 @@ class Supervisor:
         if self._command is not None and self._command.reaped(pid, code):
             log.info("%s %s: stopping", self._command, ending_of(code))
             self._stop.set()
-        elif self._successor is not None and self._successor.pid == pid:
+        elif self._successor is not None and self._successor.parent == pid:
             self._successor.ending = ending_of(code)
             self._successor.gone.set()
         elif self._kernel.reaped(pid) and not self._ending:
@@ -478,6 +495,11 @@ class Supervisor:
             return
         if self._handed_over:
             self._retire(generation, keep, "upgrade")
+            # We must not hold, while we drain, what is the new one's: when that ends or lets go of
+            # it, it has to be free, and whoever connects must not wait in a queue of nobody's.
+            self._sockets.close()
+            if self._endpoints is not None and self._endpoints.socket is not None:
+                self._endpoints.socket.close()
         elif self._keep_sockets:
             self._retire(generation, keep, "stop")
             return  # who is the next to serve should not have to wait for them
@@ -513,6 +535,7 @@ def serve(
     config: Config,
     *,
     install: bool,
+    guard: bool = False,
     reread: Callable[[], Config],
     command: Command | None = None,
     keep_sockets: bool = False,
@@ -521,8 +544,8 @@ def serve(
     log_to_stderr(config.log.daemon_format)
     inheritance = upgrade.Inheritance()
     kernel = Reconciler(config)
-    kernel.fork(load_to_install if install else None)
-    # uvloop and the data plane, imported only now: its child imports pyroute2 at the same time.
+    kernel.fork()
+    # uvloop and the data plane, imported only now: its child imports the control plane meanwhile.
     from tproxyd.flow import listen
     from tproxyd.proc.worker import run
 
@@ -530,6 +553,7 @@ def serve(
         config,
         kernel,
         install=install,
+        guard=guard,
         worker=run,
         listening=listen,
         reread=reread,

@@ -80,11 +80,16 @@ class Successor:
     def __init__(self, files: Sequence[tuple[str, socket.socket]]) -> None:
         """`files` with their names. KernelError when there can be no more processes."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
+        told, tell = os.pipe()
+        with theirs, open(told, "rb") as number:
             given = [*files, (NAME, theirs)]
+            keep = [tell, *(sock.fileno() for _, sock in given)]
             try:
-                self.pid = child.fork(lambda: _execute(given), [s.fileno() for _, s in given])
+                self.parent = child.fork(lambda: _stand_between(given, tell), keep)
+                os.close(tell)
+                self.pid = int(number.read() or b"0")
             except OSError as error:
+                os.close(tell)
                 ours.close()
                 why = (error.strerror or str(error)).lower()
                 hint = "allow more processes or memory"
@@ -118,12 +123,37 @@ class Successor:
         """It is not wanted (any more)."""
         self._channel.say(_NO)
         self._channel.close()
-        if not self.gone.is_set():
+        if self.pid and not self.gone.is_set():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGTERM)
 
     def close(self) -> None:
+        """It serves, and is no descendant of ours any more when this returns."""
         self._channel.close()
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.kill(self.parent, signal.SIGKILL)
+            os.waitpid(self.parent, 0)
+
+
+def _stand_between(files: Sequence[tuple[str, socket.socket]], tell: int) -> None:
+    """In the forked child: be the parent of the new process, and end as it ends.
+
+    When it has taken over this one is killed, and the new process is init's child. systemd asks for
+    that at the moment it hears MAINPID=: of a main process that is not its own child it would not
+    notice the end, nor wait for it at a stop (service_set_main_pid, main_pid_alien).
+    """
+    pid = os.fork()
+    if pid == 0:
+        os.close(tell)
+        _execute(files)
+    os.write(tell, str(pid).encode())
+    os.closerange(3, 1 << 30)  # above all the channel: its EOF means that the new process is gone
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if code < 0:
+        with contextlib.suppress(OSError):  # SIGKILL has no other handling
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    sys.exit(code)
 
 
 def _execute(files: Sequence[tuple[str, socket.socket]]) -> None:

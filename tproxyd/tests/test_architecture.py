@@ -38,7 +38,7 @@ ALLOWED = {
     "__main__": {"cli"},
 }
 # Only inside a function: the reconciler runs in a child process of its own, and no worker carries
-# netlink state and pyroute2's 13 MB.
+# netlink state.
 ALLOWED_IN_FUNCTIONS = {"proc": {"kernel"}}
 # Single modules of another room: the kernel has a scheme for what istio-iptables can be told.
 ALLOWED_MODULES = {"kernel": {"istio.options"}}
@@ -65,7 +65,9 @@ PURE = {
     "kernel.iptsave",
     "kernel.nftjson",
     "kernel.nftlang",
+    "kernel.ownership",
     "kernel.selectors",
+    "proc.pace",
     "proc.picture",
     "flow.proxyproto",
     "flow.tlv",
@@ -79,7 +81,6 @@ PURE = {
 IMPURE = {"socket", "os", "asyncio", "subprocess", "ctypes"}
 
 ONLY = {  # a third-party or dangerous module, and who alone may import it
-    "pyroute2": {"kernel.routing"},
     "iptc": {"kernel.legacy"},
     "ctypes": {"linux", "kernel.nft"},
 }
@@ -220,10 +221,10 @@ def test_no_file_is_too_long(path: Path) -> None:
         ("flow.relay", "def f():\n    import tproxyd.kernel", "flow may not import kernel"),
         ("kernel.state", "from tproxyd.flow.stream import Step", "kernel may not import flow"),
         ("kernel.routing", "from tproxyd.proc.child import fork", "kernel may not import proc"),
-        ("kernel.routing", "import pyroute2", ""),
+        ("kernel.legacy", "import iptc", ""),
         ("kernel.desired", "from tproxyd.istio.options import Mode", ""),
         ("kernel.desired", "from tproxyd.istio import flags", "kernel may not import istio"),
-        ("kernel.nft", "from pyroute2 import NDB", "only kernel.routing may"),
+        ("kernel.nft", "from iptc import Chain", "only kernel.legacy may"),
         ("kernel.nft", "import ctypes", ""),
         ("flow.listen", "import ctypes.util", "only kernel.nft, linux may"),
         ("linux", "from ctypes import CDLL", ""),

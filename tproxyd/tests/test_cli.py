@@ -193,18 +193,30 @@ def test_what_the_kernel_refuses_is_3(
 def test_run_serves(
     tproxyd: Shown, toml: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    served: list[tuple[Config, bool]] = []
+    served: list[tuple[Config, bool, bool]] = []
 
     def serve(
-        config: Config, *, install: bool, reread: Callable[[], Config], keep_sockets: bool
+        config: Config,
+        *,
+        install: bool,
+        guard: bool,
+        reread: Callable[[], Config],
+        keep_sockets: bool,
     ) -> None:
-        assert (reread(), keep_sockets) == (config, install)
-        served.append((config, install))
+        assert (reread(), keep_sockets) == (config, guard)
+        served.append((config, install, guard))
 
     monkeypatch.setattr(supervisor, "serve", serve)
     assert tproxyd("run", "-c", toml("table = 7")) == (0, "", "")
-    assert tproxyd("run", "--install", "--keep-sockets", "-c", toml("table = 8")) == (0, "", "")
-    assert served == [(Config(table=7), False), (Config(table=8), True)]
+    assert tproxyd("run", "--install", "-c", toml("table = 8")) == (0, "", "")
+    assert tproxyd("run", "--guard", "--keep-sockets", "-c", toml("table = 9")) == (0, "", "")
+    assert served == [
+        (Config(table=7), False, False),
+        (Config(table=8), True, False),
+        (Config(table=9), False, True),
+    ]
+    with pytest.raises(SystemExit, match="2"):
+        tproxyd("run", "--install", "--guard")
 
 
 @pytest.mark.parametrize(
@@ -317,7 +329,7 @@ def test_check_loads_nothing_heavy(toml: Callable[[str], str]) -> None:
         [sys.executable, "-c", code, toml("")], capture_output=True, text=True, check=True
     )
     loaded = set(done.stdout.splitlines()[-1].split())
-    assert not loaded & {"asyncio", "uvloop", "pyroute2", "prometheus_client", "ctypes", "logging"}
+    assert not loaded & {"asyncio", "uvloop", "prometheus_client", "ctypes", "logging"}
 
 
 def test_a_reader_that_leaves_early_is_no_error(toml: Callable[[str], str]) -> None:

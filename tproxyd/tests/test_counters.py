@@ -21,6 +21,7 @@ from tproxyd.flow.tally import (
     bucket,
 )
 from tproxyd.proc.counters import Own, Page, UpstreamCounts, exposition
+from tproxyd.proc.heals import BOUNDS
 
 CONFIG = Config(listeners=(Listener(), Listener(name="second", port=15007)))
 NOTHING = Own(workers=0, worker_restarts=0, kernel_drift=0)
@@ -124,5 +125,6 @@ def test_nothing_but_our_own_is_exported_and_every_cell_is(page: Page) -> None:
             row[i] = 1
     samples = [s for each in scrape(page).values() for s in each]
     assert all(sample.name.startswith("tproxyd_") for sample in samples)
-    # The histogram has a count that no cell holds; seven samples are the supervisor's.
-    assert len(samples) == len(page.layout) + 1 + 7
+    # The histogram has a count that no cell holds. Of the supervisor are seven samples, and of what
+    # was healed two results, the buckets, a count and a sum.
+    assert len(samples) == len(page.layout) + 1 + 7 + 2 + len(BOUNDS) + 1 + 2

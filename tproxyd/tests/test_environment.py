@@ -35,6 +35,8 @@ def test_every_one_is_heard() -> None:
         "TPROXYD_RULES_BACKEND": "nft",
         "TPROXYD_RULES_SCHEME": "lean",
         "TPROXYD_RULES_RETURN_PATH": "conntrack",
+        "TPROXYD_RULES_GUARD": "owner",
+        "TPROXYD_RULES_ON_CRASH": "open",
         "TPROXYD_LOG_ACCESS": "/log",
         "TPROXYD_LOG_FORMAT": "text",
         "TPROXYD_LOG_DAEMON_FORMAT": "json",
@@ -53,7 +55,7 @@ def test_every_one_is_heard() -> None:
         workers = 3
         admin = "0.0.0.0:9134"
         drain_timeout_s = 2.5
-        rules = { backend = "nft", return_path = "conntrack" }
+        rules = { backend = "nft", return_path = "conntrack", guard = "owner", on_crash = "open" }
         log = { access = "/log", format = "text", daemon_format = "json" }
         [[listener]]
         port = 15007

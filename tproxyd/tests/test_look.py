@@ -145,6 +145,16 @@ SNAPSHOT: Snapshot = {
         "detail": ["add ip -4 rule"],
         "return_path": "accept-mark",
         "checked_s_ago": 0.4,
+        "heals": 2,
+        "heal_failures": 1,
+        "trouble": "can't add it: File exists; remove that",
+        "last_heal": {
+            "at": "2026-01-02T03:04:05.678+00:00",
+            "wrong": ["the firewall rules (nft table inet tproxyd) were gone"],
+            "done": ["add the firewall rules (nft table inet tproxyd)"],
+            "by": ["nft (process 12: nft flush ruleset)"],
+            "seconds": 0.0234,
+        },
     },
 }
 
@@ -154,6 +164,10 @@ tproxyd 0.1.0, not ready, pid 4711, up 1 d 2 h
 
 kernel state: drift, answers come home by accept-mark (0 s ago)
   add ip -4 rule
+  healing fails: can't add it: File exists; remove that
+  healed 2 times; last at 2026-01-02T03:04:05.678+00:00 in 23 ms, changed by\
+ nft (process 12: nft flush ruleset):
+    the firewall rules (nft table inet tproxyd) were gone
 
 LISTENER      PORT   FAMILIES   TAKES
 inbound       15006  IPv4+IPv6  every port
@@ -422,7 +436,10 @@ def test_kill_reaches_the_daemon_of_its_configuration(tproxyd: Shown, toml: Toml
 TOP = [ok(SNAPSHOT), ok(LISTING), ok(PAST)]
 
 
-def test_top_into_a_file_is_one_frame(tproxyd: Shown, toml: Toml, admin_port: Start) -> None:
+def test_top_into_a_file_is_one_frame(
+    tproxyd: Shown, toml: Toml, admin_port: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
     port = admin_port(*TOP)
     code, out, err = tproxyd("top", "-c", toml(port.toml), "--sort", "rate")
     assert (code, err) == (0, "")

@@ -8,16 +8,16 @@ import os
 import re
 import signal
 import socket
-import time
 from pathlib import Path
 
 import pytest
 
 from tproxyd.config import Config
-from tproxyd.proc import generation, reconciler
-from tproxyd.proc.reconciler import Kernel, Report, Verb
+from tproxyd.proc import generation, keeper, reconciler
+from tproxyd.proc.means import Kernel, Means, Report, Verb
 from tproxyd.tests.daemons import (
     Daemon,
+    Quiet,
     cannot_be_read,
     drifts_while,
     never_answers,
@@ -62,6 +62,10 @@ def test_without_install_the_kernel_is_only_read() -> None:
             "detail": [],
             "return_path": "x",
             "checked_s_ago": 0,
+            "heals": 0,
+            "heal_failures": 0,
+            "trouble": "",
+            "last_heal": None,
         }
         daemon.signal(signal.SIGTERM)
         daemon.wait()
@@ -78,7 +82,7 @@ def test_an_install_that_is_refused_is_undone() -> None:
 
 def test_drift_is_told_and_counted_once_and_makes_unready(tmp_path: Path) -> None:
     sign = tmp_path / "drift"
-    with Daemon(load=drifts_while(sign), install=True) as daemon:
+    with Daemon(load=drifts_while(sign)) as daemon:
         daemon.wait_ready()
         assert daemon.get("/readyz")[0] == 200
         for times in (1, 2):
@@ -91,7 +95,7 @@ def test_drift_is_told_and_counted_once_and_makes_unready(tmp_path: Path) -> Non
         daemon.signal(signal.SIGTERM)
         told = [line for line in daemon.rest() if "kernel state" in line]
         assert (
-            told
+            told[1:]  # the first says how it began
             == [
                 "tproxyd: the kernel state differs from the configuration; to do: add a rule",
                 "tproxyd: the kernel state is as configured",
@@ -124,15 +128,12 @@ def test_a_kernel_that_never_answers_is_unknown(monkeypatch: pytest.MonkeyPatch)
         assert daemon.get("/readyz")[0] == 200
 
 
-def test_a_reconciler_that_died_is_forked_again_to_clean() -> None:
+def test_a_keeper_that_died_is_forked_again_at_once_and_goes_on() -> None:
     with Daemon(install=True) as daemon:
         daemon.wait_ready()
-        daemon.get("/readyz")  # asked of the one that follows the one that has installed
-        workers = [each["pid"] for each in daemon.status()["workers"]]
-        while len(holders := set(daemon.children()) - set(workers)) > 1:
-            time.sleep(0.001)
-        os.kill(holders.pop(), signal.SIGKILL)
+        os.kill(keeper_of(daemon), signal.SIGKILL)
         daemon.wait_line("the process that holds the kernel state was killed by SIGKILL")
+        daemon.wait_line("kernel: install")  # nobody asked
         daemon.signal(signal.SIGTERM)
         said = daemon.rest()
         assert daemon.wait() == 0
@@ -142,23 +143,10 @@ def test_a_reconciler_that_died_is_forked_again_to_clean() -> None:
         ]
 
 
-def test_who_has_installed_is_let_go_and_another_one_looks() -> None:
-    """What is loaded to install is not held by the process that lives on."""
-
-    def tells_its_process(_: Config) -> Kernel:
-        return lambda _: Report((), (f"process {os.getpid()}",), (f"process {os.getpid()}",))
-
-    with Daemon(load=tells_its_process, install=True) as daemon:
-        first = daemon.wait_line("process").removeprefix("tproxyd: ")
-        daemon.wait_ready()
-        looks = [daemon.status()["kernel"]["detail"] for _ in range(3)]
-        assert looks == [looks[0]] * 3
-        assert looks[0] != [first]
-        process = Path(f"/proc/{first.removeprefix('process ')}")
-        while process.exists():  # it ends, and the supervisor reaps it
-            time.sleep(0.001)
-        daemon.signal(signal.SIGTERM)
-        assert "was killed" not in "".join(daemon.rest())
+def keeper_of(daemon: Daemon) -> int:
+    workers = [each["pid"] for each in daemon.status()["workers"]]
+    (keeper,) = set(daemon.children()) - set(workers)
+    return keeper
 
 
 def test_many_who_ask_cause_one_look(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,12 +173,12 @@ def test_a_library_that_is_gone_meanwhile_is_an_error_that_says_so(
 
         return kernel
 
-    monkeypatch.setattr(reconciler, "name_process", lambda _name: None)
+    monkeypatch.setattr(keeper, "name_process", lambda _name: None)
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        ours.sendall(json.dumps(Verb.CLEAN).encode() + b"\n")
+        ours.sendall(json.dumps({"verb": Verb.CLEAN}).encode() + b"\n")
         ours.shutdown(socket.SHUT_WR)
-        reconciler.serve(theirs, Config(), gone)
+        keeper.serve(theirs, Config(), Means(gone, Quiet))
         what, why, hint = json.loads(ours.recv(4096))["error"]
     assert (what, why) == ("load what writes to the kernel", "No module named 'pyroute2'")
     assert "tproxyd clean" in hint

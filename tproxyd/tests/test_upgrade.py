@@ -12,12 +12,15 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tproxyd.proc import systemd
+from tproxyd.proc import upgrade as upgrading
+from tproxyd.tests.daemons import PATIENCE_S
 from tproxyd.tests.programs import ROOT, Echo, Program, echoes
 from tproxyd.tests.test_reload import text
 
@@ -53,6 +56,53 @@ def upgrade(program: Program) -> int:
     line = program.wait_line(r"process \d+ serves from here on")
     (pid,) = re.findall(r"process (\d+)", line)
     return int(pid)
+
+
+def test_the_new_process_is_nobodys_child(program: Upgradable) -> None:
+    """systemd takes it for its own, and hears of its end, only as a child of init."""
+    with program.connect() as sock:
+        assert echoes(sock)  # so that the old one has something to wait for
+        status = Path(f"/proc/{upgrade(program)}/status").read_text()
+        (parent,) = map(int, re.findall(r"^PPid:\s*(\d+)$", status, re.MULTILINE))
+        assert exists(program.pid)
+        assert os.getsid(parent) != os.getsid(program.pid)  # no process of ours at all
+
+
+def test_the_old_process_holds_nothing_of_the_new_ones(program: Upgradable) -> None:
+    """When the new one ends while the old one still drains, its ports are free."""
+    with program.connect() as sock:
+        assert echoes(sock)
+        new = upgrade(program)
+        program.signal(signal.SIGKILL, new)
+        for port in (program.port, program.admin):
+            deadline = time.monotonic() + PATIENCE_S
+            while not is_free(port):
+                assert time.monotonic() < deadline, f"port {port} is still taken"
+        assert exists(program.pid)
+        assert echoes(sock)
+
+
+def is_free(port: int) -> bool:
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("argv", "what"),
+    [
+        (["python3", "-m", "tproxyd", "run"], ("/py", ["python3", "-m", "tproxyd", "run"])),
+        (["python3", "/etc/passwd", "run"], ("/py", ["python3", "/etc/passwd", "run"])),
+        (["python3", "/bin/sh", "run"], ("/bin/sh", ["/bin/sh", "run"])),
+    ],
+)
+def test_a_script_is_run_by_its_own_first_line(
+    argv: list[str], what: tuple[str, list[str]]
+) -> None:
+    """A new version may have another interpreter."""
+    assert upgrading.program("/py", argv) == what
 
 
 @pytest.mark.parametrize("verb", ["reload", "upgrade"])
