@@ -21,26 +21,24 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from tproxyd import __version__, environment
 from tproxyd.addr import parse_prefix
 from tproxyd.config import Backend, Config
-from tproxyd.configfile import only_admin, parse
-from tproxyd.errors import ConfigError, KernelError, Problem, TproxydError, Unreachable
+from tproxyd.configfile import only_admin
+from tproxyd.configsource import DEFAULT_FILE, origin, read_config
+from tproxyd.errors import ConfigError, KernelError, TproxydError, Unreachable
 from tproxyd.proc.rows import LIMIT, MAX_LIMIT, Sort
 
 if TYPE_CHECKING:
     from tproxyd.proc.run_command import User
 
-DEFAULT_FILE = "/etc/tproxyd/tproxyd.toml"
 ISTIO_IPTABLES = "istio-iptables"
 
 FINE, FOUND, USAGE, REFUSED = 0, 1, 2, 3
 _INTERRUPTED, _PIPE_CLOSED = 128 + 2, 128 + 13  # as a shell reports SIGINT and SIGPIPE
-
-Parse = Callable[[str, str, Mapping[str, str]], Config]
 
 # A reload waits for names, workers and the kernel, an upgrade at most 30 s; for one before it, too.
 _CHANGE_TIMEOUT_S = 60.0
@@ -338,9 +336,7 @@ def check(args: argparse.Namespace) -> int:
     config = read_config(args.config)
     listeners = [f"{each.name} on port {each.port}" for each in config.listeners]
     plural = "s" if len(listeners) > 1 else ""
-    origin = args.config or os.environ.get(environment.FILE)
-    origin = origin or (DEFAULT_FILE if os.path.exists(DEFAULT_FILE) else "built-in defaults")
-    print(f"{origin}: fine: {len(listeners)} listener{plural}: {', '.join(listeners)}")
+    print(f"{origin(args.config)}: fine: {len(listeners)} listener{plural}: {', '.join(listeners)}")
     return FINE
 
 
@@ -393,32 +389,6 @@ def top(args: argparse.Namespace) -> int:
 
 
 # What they share ---------------------------------------------------------------------------------
-
-
-def read_config(path: str | None, parse: Parse = parse) -> Config:
-    """The Config in the file that was asked for, or in the default one, or the defaults.
-
-    A file that was named must be there; the default one may be absent, which is said. One that is
-    there and can't be read is an error in both cases: it could hold a trust list. TPROXYD_…
-    variables are laid over each of them.
-    """
-    variables = environment.ours(os.environ)
-    path = path or os.environ.get(environment.FILE) or None
-    try:
-        with open(path or DEFAULT_FILE, encoding="utf-8") as file:
-            text = file.read()
-    except FileNotFoundError:
-        if path is None:
-            print(f"tproxyd: no {DEFAULT_FILE}: using the built-in defaults", file=sys.stderr)
-            return parse("", "of the environment", variables)
-        raise ConfigError(path, (Problem("", "there is no such file"),)) from None
-    except OSError as error:
-        why = f"can't be read: {error.strerror}"
-        raise ConfigError(path or DEFAULT_FILE, (Problem("", why),)) from None
-    except UnicodeDecodeError as error:
-        why = f"not UTF-8, which TOML is: byte {error.start}"
-        raise ConfigError(path or DEFAULT_FILE, (Problem("", why),)) from None
-    return parse(text, path or DEFAULT_FILE, variables)
 
 
 def _with_backend(args: argparse.Namespace) -> Config:

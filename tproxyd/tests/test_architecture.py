@@ -26,6 +26,7 @@ ALLOWED = {
     "config": {"addr", "reader"},
     "environment": {"errors"},
     "configfile": {"config", "environment", "addr", "errors", "reader"},
+    "configsource": {"config", "configfile", "environment", "errors"},
     "flow": {"config", "addr", "errors", "linux"},
     "istio": {"flow", "kernel", "config", "addr", "errors", "linux"},
     "kernel": {"config", "reader", "addr", "errors", "linux"},
@@ -33,7 +34,7 @@ ALLOWED = {
     "doctor": {"proc", "flow", "kernel", "config", "addr", "errors", "linux"},
     "cli": {
         *("doctor", "istio", "proc", "flow", "kernel"),
-        *("config", "configfile", "environment", "addr", "errors", "linux"),
+        *("config", "configfile", "configsource", "environment", "addr", "errors", "linux"),
     },
     "__main__": {"cli"},
 }
