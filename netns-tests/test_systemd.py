@@ -242,6 +242,22 @@ def test_crash(machine: Machine, figure: Figure) -> None:
     through(machine.net)
 
 
+@pytest.mark.parametrize(
+    "harm",
+    [
+        "nft flush ruleset",
+        "ip rule del lookup 133",
+        "echo 0 >/proc/sys/net/ipv4/tcp_fwmark_accept",
+        "systemctl restart systemd-networkd",  # removes policy rules that it does not know
+    ],
+)
+def test_the_daemon_may_heal_from_inside_its_sandbox(machine: Machine, harm: str) -> None:
+    kernel = machine.net.pod.dump()
+    machine.sh(harm)
+    wait_for(lambda: machine.net.pod.dump() == kernel, "the kernel state to be whole again")
+    through(machine.net)
+
+
 def test_a_hung_worker_is_replaced(machine: Machine) -> None:
     main, (hung, *_) = machine.main_pid(), machine.workers()
     machine.kill(signal.SIGSTOP, hung)
