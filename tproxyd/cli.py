@@ -313,7 +313,9 @@ def kill(args: argparse.Namespace) -> int:
     if told["killed"]:
         print(f"ended {told['killed']} connection{plural}")
     problems = [f"{each} is no open connection (any more)" for each in told["missing"]]
-    problems += [f"worker {pid} does not answer: its own go on" for pid in told["silent"]]
+    problems += [
+        f"worker {pid} does not answer: it may end its own later" for pid in told["silent"]
+    ]
     if not (told["killed"] or problems):
         problems = [f"no open connection is of {' or '.join(args.client)}"]
     for each in problems:

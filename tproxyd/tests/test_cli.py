@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tproxyd import __version__, cli, doctor
+from tproxyd import __version__, cli, configsource, doctor
 from tproxyd.config import Config
 from tproxyd.doctor import Check, Verdict
 from tproxyd.errors import KernelError

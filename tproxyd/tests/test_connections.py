@@ -134,6 +134,23 @@ def test_who_does_not_answer_is_named_and_his_late_words_are_not_taken_for_other
     run(test)
 
 
+def test_a_long_answer_may_take_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ANSWER_S", 0.2)
+
+    async def test() -> None:
+        workers = Workers(pid1=[])
+        workers.silent = {1}
+        loop, parts = asyncio.get_running_loop(), 5
+        for i in range(parts):
+            part = {"rows": [row(f"1-{i}")], "open": 0, "last": i == parts - 1}
+            words = f"live 1 {json.dumps(part)}\n"
+            loop.call_later(0.1 * (i + 1), workers.connections.heard, 1, words)
+        listing = await workers.connections.listing()
+        assert (len(listing["connections"]), listing["silent"]) == (parts, [])
+
+    run(test)
+
+
 def test_a_worker_that_dies_is_not_waited_for() -> None:
     async def test() -> None:
         workers = Workers(pid1=[row("1-a")], pid2=[row("2-a")])

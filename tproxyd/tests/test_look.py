@@ -374,7 +374,7 @@ def test_status_of_something_else(
             ("--client", "::1"),
             {"killed": 0, "silent": [17]},
             "",
-            "worker 17 does not answer: its own go on",
+            "worker 17 does not answer: it may end its own later",
         ),
     ],
 )
