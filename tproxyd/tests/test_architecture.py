@@ -32,8 +32,9 @@ ALLOWED = {
     "kernel": {"config", "reader", "addr", "errors", "linux"},
     "proc": {"flow", "config", "reader", "addr", "errors", "linux"},
     "doctor": {"proc", "flow", "kernel", "config", "addr", "errors", "linux"},
+    "arguments": {"configsource", "config", "environment", "addr", "proc"},
     "cli": {
-        *("doctor", "istio", "proc", "flow", "kernel"),
+        *("arguments", "doctor", "istio", "proc", "flow", "kernel"),
         *("config", "configfile", "configsource", "environment", "addr", "errors", "linux"),
     },
     "__main__": {"cli"},
