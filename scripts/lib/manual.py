@@ -41,7 +41,7 @@ def verbs() -> list[Verb]:
 
 
 def _verb(name: str, what: str, parser: argparse.ArgumentParser) -> Verb:
-    if name == cli.ISTIO_IPTABLES:
+    if name == arguments.ISTIO_IPTABLES:
         return Verb(name, what, tuple(_istio_options()), "")
     options = tuple(_option(each) for each in parser._actions if each.option_strings)
     operands = [each for each in parser._actions if not each.option_strings]
