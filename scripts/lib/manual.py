@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from tproxyd import __version__, cli
+from tproxyd import __version__, arguments, cli
 from tproxyd.istio.flags import FLAGS
 
 PAGE = Path(__file__).resolve().parents[1] / "man" / "tproxyd.8"
