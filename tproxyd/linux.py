@@ -12,7 +12,7 @@ import fcntl
 import os
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from tproxyd.addr import Endpoint
@@ -78,6 +78,26 @@ def capabilities() -> frozenset[int]:
     low, _, _, high, _, _ = struct.unpack("=6I", data.raw)
     bits = low | high << 32
     return frozenset(i for i in range(64) if bits >> i & 1)
+
+
+def lay_down(capability: int) -> None:
+    """Make it ineffective in this process, and in what it forks, until `take_up`."""
+    _set_effective(lambda effective, permitted: effective & ~(1 << capability))
+
+
+def take_up() -> None:
+    """Make every permitted capability effective."""
+    _set_effective(lambda effective, permitted: permitted)
+
+
+def _set_effective(choose: Callable[[int, int], int]) -> None:
+    header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
+    data = ctypes.create_string_buffer(24)
+    _check(_libc.capget(header, data), "capget")
+    low, permitted, inheritable, high, permitted_, inheritable_ = struct.unpack("=6I", data.raw)
+    bits = choose(low | high << 32, permitted | permitted_ << 32)
+    packed = (bits & 0xFFFF_FFFF, permitted, inheritable, bits >> 32, permitted_, inheritable_)
+    _check(_libc.capset(header, struct.pack("=6I", *packed)), "capset")
 
 
 def keep_only(wanted: frozenset[int]) -> None:

@@ -34,7 +34,7 @@ from math import inf
 
 from tproxyd.config import Config, OnCrash
 from tproxyd.errors import KernelError
-from tproxyd.linux import name_process
+from tproxyd.linux import name_process, take_up
 from tproxyd.proc.means import Means, Report, Verb
 from tproxyd.proc.pace import FIRST_S, LONGEST_S, Pace
 
@@ -59,6 +59,7 @@ def serve(sock: socket.socket, config: Config, means: Means, wish: Verb | None =
     `wish`: what a predecessor that died was guarding: INSTALL or STOP_INTERCEPTING.
     """
     name_process("tproxyd/kernel")
+    take_up()  # CAP_NET_ADMIN, which is of use here only
     keeper = Keeper(sock, config, means)
     if wish is not None:
         keeper.take_up(wish)

@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING
 from tproxyd import __version__
 from tproxyd.config import Config
 from tproxyd.errors import ConfigError, KernelError, Problem, TproxydError
+from tproxyd.linux import CAP_NET_ADMIN, lay_down
 from tproxyd.proc import connections, counters, pages, status, systemd, upgrade
 from tproxyd.proc.accesslog import FOLLOW_EVERY_S, AccessLog, Losses
 from tproxyd.proc.answers import Answers, Standing
@@ -328,7 +329,7 @@ class Supervisor:
                 log.info("%s", note)
         except BaseException:
             if new is not None:
-                self._retire(new, before, "reload that failed")
+                self._retire(new, before, "reload")
             self._sockets.go_back(old.config, before)
             if endpoints is not None:
                 await endpoints.finish()
@@ -544,6 +545,7 @@ def serve(
     log_to_stderr(config.log.daemon_format)
     inheritance = upgrade.Inheritance()
     kernel = Reconciler(config)
+    lay_down(CAP_NET_ADMIN)  # the child that needs it takes it up
     kernel.fork()
     # uvloop and the data plane, imported only now: its child imports the control plane meanwhile.
     from tproxyd.flow import listen
