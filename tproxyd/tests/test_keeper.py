@@ -256,6 +256,7 @@ def test_what_sends_no_event_is_looked_at(
     (here / "silent").touch()
     with guarded(here) as daemon:
         daemon.wait_ready()
+        daemon.get("/readyz")  # behind the look with which it begins
         (here / "state").write_text("rubbish")
         daemon.wait_line("the kernel state was changed; healed in")
 

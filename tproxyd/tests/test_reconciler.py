@@ -128,7 +128,10 @@ def test_a_kernel_that_never_answers_is_unknown(monkeypatch: pytest.MonkeyPatch)
         assert daemon.get("/readyz")[0] == 200
 
 
-def test_a_keeper_that_died_is_forked_again_at_once_and_goes_on() -> None:
+def test_a_keeper_that_died_is_forked_again_at_once_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(supervisor, "CHECK_EVERY_S", 3600.0)  # which would need one, too
     with Daemon(install=True) as daemon:
         daemon.wait_ready()
         os.kill(keeper_of(daemon), signal.SIGKILL)
