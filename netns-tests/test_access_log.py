@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import re
 import shutil
 import signal
 import struct
@@ -17,10 +17,12 @@ import pytest
 from lib.daemon import ROOT, Daemon, Record, descendants
 from lib.headers import v2
 from lib.loglines import Load, dropped, ended, refusing
-from lib.processes import is_gone, stopped
+from lib.processes import is_gone, resident_kib, stopped
 from lib.streams import assert_talks
 from lib.topology import Topology
 from lib.waits import wait_for
+
+from tproxyd.flow.lines import LineWriter
 
 
 @pytest.fixture
@@ -81,11 +83,11 @@ def test_rotation_under_load(net: Topology, logs: Path, capsys: pytest.CaptureFi
             for _ in range(2):
                 load.wait_for_more(100)
                 rotate()
-                wait_for(lambda: is_written(path), "lines in the new file, without a signal", 5.0)
+                wait_for(lambda: is_written(path), "lines in the new file, without a signal")
             load.wait_for_more(100)
             rotate()
             path.touch()  # as logrotate's `create`
-            wait_for(lambda: is_written(path), "lines in the file that was made", 5.0)
+            wait_for(lambda: is_written(path), "lines in the file that was made")
             with stopped(daemon.workers()[:1]):
                 for _ in range(3):
                     rotate()
@@ -115,11 +117,11 @@ def test_logrotate_as_it_is_installed(net: Topology, logs: Path) -> None:
         with Load(net.pod) as load:
             for older in ("access.log.1", "access.log.2.gz"):
                 load.wait_for_more(50)
-                wait_for(lambda: is_written(path), "lines", 5.0)
+                wait_for(lambda: is_written(path), "lines")
                 conf = str(logs / "logrotate.conf")
                 subprocess.run(["logrotate", "-f", "-s", str(state), conf], check=True)
                 assert (logs / older).exists()
-                wait_for(lambda: is_written(path), "lines in the new file", 5.0)
+                wait_for(lambda: is_written(path), "lines in the new file")
         count = load.stop()
         subprocess.run(["gunzip", str(logs / "access.log.2.gz")], check=True)
         files = [path, logs / "access.log.1", logs / "access.log.2"]
@@ -136,9 +138,10 @@ def test_workers_that_retire_follow_too(net: Topology, logs: Path) -> None:
         workers = daemon.workers()
         daemon.signal(signal.SIGHUP)
         wait_for(lambda: "tproxyd: reloaded in" in daemon.stderr, "the reload")
-        path.rename(logs / "access.log.1")
+        moved = path.rename(logs / "access.log.1")
         daemon.signal(signal.SIGUSR1)
-        wait_for(path.exists, "the new file")
+        everybody = (*descendants(daemon.pid), daemon.pid)
+        wait_for(lambda: not any(has_open(pid, moved) for pid in everybody), "the new file")
         for end in old:
             end.close()
         wait_for(lambda: len(records(path)) == 1, "the line of the connection of before")
@@ -147,7 +150,16 @@ def test_workers_that_retire_follow_too(net: Topology, logs: Path) -> None:
         for end in new:
             end.close()
         wait_for(lambda: len(records(path)) == 2, "that of a new one")
-        assert records(logs / "access.log.1") == []
+        assert records(moved) == []
+
+
+def has_open(pid: int, path: Path) -> bool:
+    found = []
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for fd in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                found.append(fd.readlink())
+    return path in found
 
 
 def test_a_signal_for_everybody(net: Topology, logs: Path) -> None:
@@ -195,6 +207,64 @@ def test_a_disk_that_fills_up(
         assert dropped(daemon) == 0
         with capsys.disabled():
             print(f"\nfull five times under {count} connections: as many lines, all whole")
+
+
+WRITERS, LINES = 3, 4000
+
+
+def test_writers_at_the_edge_of_a_full_disk(
+    small: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Processes that meet the end of the room all the time, in the middle of their lines."""
+    path = small / "lines"
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    children = [fork_writer(fd, number) for number in range(WRITERS)]
+    rooms = 0
+    for room in range(64, 4096, 4):
+        rooms += 1
+        resize(small, f"{room}k")
+        if not any(map(alive, children)):
+            break
+        wait_for(lambda: room_left(small) == 0 or not any(map(alive, children)), "no room")
+    ends = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+    os.close(fd)
+    assert ends == [0] * WRITERS, "lines were dropped"
+    found = path.read_text().splitlines()
+    want = [written(number, i) for number in range(WRITERS) for i in range(LINES)]
+    assert sorted(found) == sorted(want)
+    with capsys.disabled():
+        print(f"\n{WRITERS} writers, out of room {rooms} times: {len(found)} lines, all whole")
+
+
+def written(number: int, i: int) -> str:
+    return f"{number}:{i}:".ljust(60 + i % 70, "x")
+
+
+def fork_writer(fd: int, number: int) -> int:
+    """One of the processes; it ends when everything is written, with 1 where something was lost."""
+    pid = os.fork()
+    if pid == 0:
+        lost: list[int] = []
+        try:
+            writer = LineWriter(fd, lambda *_: None, lost.append)
+            for i in range(LINES):
+                writer.write(written(number, i) + "\n")
+                if i % 3 == 0:
+                    writer.flush()
+            while writer.waiting:
+                os.sched_yield()
+                writer.flush()
+        finally:
+            os._exit(bool(lost))
+    return pid
+
+
+def alive(pid: int) -> bool:
+    return not is_gone(pid)
+
+
+def room_left(path: Path) -> int:
+    return os.statvfs(path).f_bavail
 
 
 def test_a_disk_that_stays_full(
@@ -301,10 +371,10 @@ def test_a_reader_that_does_not_read(
     config = refusing("workers = 1", headers=True)
     with Daemon(net.pod, config, install=False, prefix=pipes.prefix) as daemon:
         [worker] = daemon.workers()
-        before = resident(worker)
+        before = resident_kib(worker)
         with Load(net.pod, long(3_000)) as load:
             wait_for(lambda: dropped(daemon) > 50, "lines to be dropped", 60.0)
-            grown = resident(worker) - before
+            grown = resident_kib(worker) - before
             assert grown < 24 * 1024, f"{grown} KiB; 8 MiB of lines are kept"
             text = ""
 
@@ -327,9 +397,3 @@ def test_a_reader_that_does_not_read(
             assert json.loads(line)["close_reason"] == "upstream_refused"
         with capsys.disabled():
             print(f"\nno reader: {lost} of {count} lines dropped, the worker grew {grown} KiB")
-
-
-def resident(pid: int) -> int:
-    """KiB."""
-    (size,) = re.findall(r"^VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.M)
-    return int(size)

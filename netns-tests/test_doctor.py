@@ -131,7 +131,8 @@ def test_src_valid_mark(net: Topology) -> None:
 def test_a_sysctl_is_put_back_by_others(net: Topology, name: str) -> None:
     """Told of the one that it is, by its own name, and only where it is needed."""
     words = "tproxyd install puts it back"
-    with Daemon(net.pod):
+    tproxyd(net.pod, "install")
+    with Daemon(net.pod, install=False):
         net.pod.sysctl(name, 0)
         told = [check for check in doctor(net).values() if words in check["remedy"]]
         assert [check["name"] for check in told] == [CHECKS[name]]

@@ -12,7 +12,7 @@ import time
 import pytest
 from lib.daemon import ADMIN_PORT, Daemon
 from lib.figures import Figure
-from lib.processes import open_files, private_kib
+from lib.processes import open_files, resident_kib
 from lib.streams import assert_talks, receive_to_end, reset
 from lib.topology import V4, V6, Family, Pair, Topology
 from lib.waits import stays, wait_for
@@ -86,7 +86,7 @@ def test_a_flood(net: Topology, figure: Figure) -> None:
     with Daemon(net.pod) as daemon:
         probe = Probe(daemon, net.pair())
         probe()
-        files, memory = open_files([daemon.pid]), private_kib([daemon.pid])
+        files, memory = open_files([daemon.pid]), resident_kib(daemon.pid)
         most = 0
         for i in range(FLOOD):
             client = net.pod.connect("127.0.0.1", ADMIN_PORT)
@@ -100,9 +100,9 @@ def test_a_flood(net: Topology, figure: Figure) -> None:
                 net.keep(client)  # till the end of the test
             if i % 100 == 0:
                 probe()
-                most = max(most, private_kib([daemon.pid]))
+                most = max(most, resident_kib(daemon.pid))
         wait_for(lambda: probe() and open_files([daemon.pid]) <= files + 2, "their files")
-        most = max(most, private_kib([daemon.pid]))
+        most = max(most, resident_kib(daemon.pid))
         assert most - memory < GROWS_AT_MOST_KIB
         assert daemon.metric("tproxyd_connections_active") == 1
         assert "bug" not in daemon.stderr

@@ -204,7 +204,7 @@ def test_a_stopped_worker_is_named_and_the_others_are_shown(net: Topology) -> No
         assert {each["id"].split("-")[0] for each in listing["connections"]} <= {str(other)}
         code, _, err = kill(daemon, "--client", V4.client)
         assert code == 1
-        assert f"tproxyd: worker {stopped} does not answer: its own go on" in err
+        assert f"tproxyd: worker {stopped} does not answer: it may end its own later" in err
         os.kill(stopped, signal.SIGCONT)
         assert listed(daemon)["silent"] == []
 

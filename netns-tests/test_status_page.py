@@ -168,7 +168,7 @@ def test_it_fits_a_phone_and_can_be_read(
     browser.open(PAGE)
     with Load(net):
         wait_says(browser, "#headline", "^Traffic flows")
-        assert browser.run("return document.documentElement.scrollWidth <= innerWidth")
+        assert browser.run("return document.documentElement.scrollWidth") <= 360
         assert browser.run(CONTRAST) == []
     net.pod.run("nft", "delete", "table", "inet", "tproxyd")
     wait_says(browser, "#headline", "drifted")

@@ -21,26 +21,18 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
-from tproxyd import __version__, environment
-from tproxyd.addr import parse_prefix
+from tproxyd import arguments
+from tproxyd.arguments import ISTIO_IPTABLES
 from tproxyd.config import Backend, Config
-from tproxyd.configfile import only_admin, parse
-from tproxyd.errors import ConfigError, KernelError, Problem, TproxydError, Unreachable
-from tproxyd.proc.rows import LIMIT, MAX_LIMIT, Sort
-
-if TYPE_CHECKING:
-    from tproxyd.proc.run_command import User
-
-DEFAULT_FILE = "/etc/tproxyd/tproxyd.toml"
-ISTIO_IPTABLES = "istio-iptables"
+from tproxyd.configfile import only_admin
+from tproxyd.configsource import origin, read_config
+from tproxyd.errors import ConfigError, KernelError, TproxydError, Unreachable
+from tproxyd.proc.rows import Sort
 
 FINE, FOUND, USAGE, REFUSED = 0, 1, 2, 3
 _INTERRUPTED, _PIPE_CLOSED = 128 + 2, 128 + 13  # as a shell reports SIGINT and SIGPIPE
-
-Parse = Callable[[str, str, Mapping[str, str]], Config]
 
 # A reload waits for names, workers and the kernel, an upgrade at most 30 s; for one before it, too.
 _CHANGE_TIMEOUT_S = 60.0
@@ -90,129 +82,9 @@ def _stopped(error: KernelError, code: int) -> int:
 
 
 def _arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="tproxyd",
-        description="A transparent proxy that keeps the client's source address.",
-        epilog="Exit codes: 0 fine; 1 a problem found; 2 usage or configuration; "
-        "3 the kernel refused.",
-    )
-    parser.add_argument("--version", action="version", version=f"tproxyd {__version__}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-
-    def command(run: Callable[[argparse.Namespace], int], what: str) -> argparse.ArgumentParser:
-        name = run.__name__
-        each = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
-        each.set_defaults(command=run)
-        each.add_argument(
-            "-c",
-            "--config",
-            metavar="FILE",
-            help=f"the configuration; by default ${environment.FILE}, {DEFAULT_FILE}, or the"
-            " built-in defaults",
-        )
-        return each
-
-    serving = command(run, "serve in the foreground")
-    kept = serving.add_mutually_exclusive_group()
-    kept.add_argument(
-        "--install",
-        action="store_true",
-        help="make the kernel state once the workers accept, heal it whenever another program"
-        " changes it, and remove it at the end",
-    )
-    kept.add_argument(
-        "--guard",
-        action="store_true",
-        help="heal the kernel state that `tproxyd install` has made, and leave it at the end;"
-        " without either of these two, drift is only reported",
-    )
-    serving.add_argument(
-        "--keep-sockets",
-        action="store_true",
-        help="under systemd with FileDescriptorStoreMax=: a stop may be a restart, so leave the"
-        " listening sockets to systemd, and open connections to the workers",
-    )
-    beside = command(exec, "serve, and run a program beside it, with whose exit code it ends")
-    beside.add_argument(
-        "--user",
-        metavar="USER[:GROUP]",
-        type=_user,
-        help="names or numbers: whom CMD runs as; by default as tproxyd, without a capability",
-    )
-    beside.add_argument("argv", nargs="+", metavar="-- CMD", help="it starts when the rules stand")
-    for each in (
-        command(install, "make the kernel state: rules, routes, firewall"),
-        command(rules, "print what install would make"),
-    ):
-        each.add_argument(
-            "--backend",
-            choices=[str(one) for one in Backend],
-            help="instead of the one in the configuration",
-        )
-    command(reload, "serve by the configuration as it is now; open connections live on")
-    command(upgrade, "hand over to a new process of the program, as it is installed now")
-    command(clean, "remove all kernel state of tproxyd, whatever configuration made it")
-    command(check, "check the configuration only")
-    command(doctor, "find out why it does not work").add_argument("--json", action="store_true")
-    shown = command(status, "show the running daemon")
-    shown.add_argument("--json", action="store_true")
-    shown.add_argument(
-        "--connections",
-        nargs="?",
-        type=_limit,
-        const=LIMIT,
-        metavar="N",
-        help=f"and what is open: the first N, by default {LIMIT}",
-    )
-    live = command(top, "show the running daemon, live; its last line names the keys")
-    live.add_argument("--json", action="store_true", help="an object a line, one a second")
-    live.add_argument(
-        "--once", action="store_true", help="one frame, as where the output is no terminal"
-    )
-    for each in (shown, live):
-        each.add_argument(
-            "--sort",
-            choices=[*Sort],
-            default=str(Sort.BYTES),
-            help="what stands first: the most, the oldest, the longest; by default %(default)s",
-        )
-    ended = command(kill, "end connections of the running daemon, by RST to both sides")
-    which = ended.add_mutually_exclusive_group(required=True)
-    which.add_argument("ids", nargs="*", default=[], metavar="ID", help="as status shows them")
-    which.add_argument(
-        "--client",
-        action="append",
-        default=[],
-        type=_prefix,
-        metavar="CIDR",
-        help="all of these clients; may be given again",
-    )
-    # Only so that it is listed: its command line is not argparse's to read.
-    commands.add_parser(ISTIO_IPTABLES, help="what Istio's tool of that name does; see its --help")
-    return parser
-
-
-def _user(text: str) -> User:
-    from tproxyd.proc.run_command import user
-
-    try:
-        return user(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _limit(text: str) -> int:
-    if text.isdecimal() and int(text) <= MAX_LIMIT:
-        return int(text)
-    raise argparse.ArgumentTypeError(f'"{text}" is no number up to {MAX_LIMIT}')
-
-
-def _prefix(text: str) -> str:
-    try:
-        parse_prefix(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
+    verbs = (run, exec, install, clean, reload, upgrade, kill)
+    nouns = (rules, check, doctor, status, top)
+    return arguments.parser({each.__name__: each for each in (*verbs, *nouns)})
 
 
 # Verbs -------------------------------------------------------------------------------------------
@@ -315,7 +187,9 @@ def kill(args: argparse.Namespace) -> int:
     if told["killed"]:
         print(f"ended {told['killed']} connection{plural}")
     problems = [f"{each} is no open connection (any more)" for each in told["missing"]]
-    problems += [f"worker {pid} does not answer: its own go on" for pid in told["silent"]]
+    problems += [
+        f"worker {pid} does not answer: it may end its own later" for pid in told["silent"]
+    ]
     if not (told["killed"] or problems):
         problems = [f"no open connection is of {' or '.join(args.client)}"]
     for each in problems:
@@ -338,9 +212,7 @@ def check(args: argparse.Namespace) -> int:
     config = read_config(args.config)
     listeners = [f"{each.name} on port {each.port}" for each in config.listeners]
     plural = "s" if len(listeners) > 1 else ""
-    origin = args.config or os.environ.get(environment.FILE)
-    origin = origin or (DEFAULT_FILE if os.path.exists(DEFAULT_FILE) else "built-in defaults")
-    print(f"{origin}: fine: {len(listeners)} listener{plural}: {', '.join(listeners)}")
+    print(f"{origin(args.config)}: fine: {len(listeners)} listener{plural}: {', '.join(listeners)}")
     return FINE
 
 
@@ -393,32 +265,6 @@ def top(args: argparse.Namespace) -> int:
 
 
 # What they share ---------------------------------------------------------------------------------
-
-
-def read_config(path: str | None, parse: Parse = parse) -> Config:
-    """The Config in the file that was asked for, or in the default one, or the defaults.
-
-    A file that was named must be there; the default one may be absent, which is said. One that is
-    there and can't be read is an error in both cases: it could hold a trust list. TPROXYD_…
-    variables are laid over each of them.
-    """
-    variables = environment.ours(os.environ)
-    path = path or os.environ.get(environment.FILE) or None
-    try:
-        with open(path or DEFAULT_FILE, encoding="utf-8") as file:
-            text = file.read()
-    except FileNotFoundError:
-        if path is None:
-            print(f"tproxyd: no {DEFAULT_FILE}: using the built-in defaults", file=sys.stderr)
-            return parse("", "of the environment", variables)
-        raise ConfigError(path, (Problem("", "there is no such file"),)) from None
-    except OSError as error:
-        why = f"can't be read: {error.strerror}"
-        raise ConfigError(path or DEFAULT_FILE, (Problem("", why),)) from None
-    except UnicodeDecodeError as error:
-        why = f"not UTF-8, which TOML is: byte {error.start}"
-        raise ConfigError(path or DEFAULT_FILE, (Problem("", why),)) from None
-    return parse(text, path or DEFAULT_FILE, variables)
 
 
 def _with_backend(args: argparse.Namespace) -> Config:

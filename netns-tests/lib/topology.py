@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from functools import cached_property
+from functools import cached_property, partial
 from types import TracebackType
 from typing import NamedTuple
 
 from lib.netns import SOCKET_TIMEOUT_S, Namespace
+from lib.waits import wait_for
 
 PORT = 80  # of the application
 
@@ -68,6 +69,10 @@ def seen_port(port: int) -> int:
     Published: it is how a reader of the application's log finds the client's own port.
     """
     return 1024 + (port - 1024 + 30_000) % 64_512
+
+
+def _is_routed(namespace: Namespace, address: str) -> bool:
+    return f"local {address} " in namespace.run("ip", "-6", "route", "show", "table", "local")
 
 
 class Pair(NamedTuple):
@@ -135,6 +140,10 @@ class Topology:
             f"route add default via {b4}",
             f"route add default via {b6}",
         )
+        # A link has its carrier a moment after it is up, and its IPv6 addresses their routes then:
+        # who compares what there was before with what there is later wants to see them in both.
+        for namespace, address in ((leaf, a6), (hub, b6)):
+            wait_for(partial(_is_routed, namespace, address), f"{address} to be usable")
 
     def keep(self, sock: socket.socket) -> socket.socket:
         """`sock`, closed when the topology goes; accepted ones come without a time limit."""

@@ -136,7 +136,7 @@ def whole_rate(each: Open, moved: int, now: float) -> float:
 def bytes_moved(handlers: Handlers) -> tuple[int, int]:
     """What the connections that are now open have moved, each way: received, sent.
 
-    In one go, so that none is counted twice that ends meanwhile: 1 ms for 9,000 connections.
+    In one go, so that none is counted twice that ends meanwhile: 1.5 ms for 9,000 connections.
     """
     received = sent = 0
     for handler in handlers:

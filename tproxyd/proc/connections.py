@@ -2,9 +2,9 @@
 
 It has no part in traffic and no list of its own. A question goes to every worker that lives, those
 that only serve what they still have too, and what comes back is merged (proc/lister.py is the other
-end). One question is under way at a time, whoever asks. A worker that does not answer within two
-seconds, because it is stopped or has more to do than it can, is named, and the others' answers are
-given: whoever looks wants to see them now.
+end). One question is under way at a time, whoever asks. When nothing has come for two seconds the
+workers that are still to answer, because they are stopped or have more to do than they can, are
+named, and the others' answers are given: whoever looks wants to see them now.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class Connections:
         self._parts: dict[int, list[dict[str, Any]]] = {}  # by the pids of those that were asked
         self._waiting: set[int] = set()
         self._all_told = asyncio.Event()
+        self._patience: asyncio.Timeout | None = None
 
     def heard(self, pid: int, words: str) -> None:
         """A word of a worker's that begins with WORD."""
@@ -55,6 +56,8 @@ class Connections:
         if int(serial) == self._serial and pid in self._waiting:
             part = json.loads(answer)
             self._parts[pid].append(part)
+            if self._patience is not None and not self._patience.expired():
+                self._patience.reschedule(asyncio.get_running_loop().time() + ANSWER_S)
             if part.get("last"):
                 self.gone(pid)
 
@@ -135,9 +138,10 @@ class Connections:
                 say(f"{verb} {self._serial} {json.dumps(what)}")
         if self._waiting:
             try:
-                async with asyncio.timeout(ANSWER_S):
+                async with asyncio.timeout(ANSWER_S) as self._patience:
                     await self._all_told.wait()
             except TimeoutError:
                 log.warning("no answer about connections from %s", sorted(self._waiting))
+        self._patience = None
         silent, self._waiting = sorted(self._waiting), set()
         return silent

@@ -256,7 +256,7 @@ class Meter:
 
     The count of bytes proper grows when a connection ends; a download of an hour would show as
     nothing, and then as everything at once. A look through all connections costs less than a count
-    at every send: nothing for each byte, and a thousandth of a second for 9,000 connections.
+    at every send: 1.5 ms a second for 9,000 connections, and nothing for each byte.
     """
 
     def __init__(

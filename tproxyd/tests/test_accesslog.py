@@ -14,6 +14,7 @@ from tproxyd.flow.tally import LOG_DROPPED, LOG_FAILING
 from tproxyd.proc import accesslog
 from tproxyd.proc.accesslog import AccessLog, Losses
 from tproxyd.proc.counters import Samples
+from tproxyd.tests.alarms import nothing_blocks
 
 
 class Workers:
@@ -26,6 +27,12 @@ class Workers:
         assert word == "log"
         self.told += 1
         os.write(fd, b"new\n")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_blocks() -> Iterator[None]:
+    with nothing_blocks():
+        yield
 
 
 @pytest.fixture

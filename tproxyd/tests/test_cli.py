@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tproxyd import __version__, cli, doctor
+from tproxyd import __version__, cli, configsource, doctor
 from tproxyd.config import Config
 from tproxyd.doctor import Check, Verdict
 from tproxyd.errors import KernelError
@@ -90,7 +90,7 @@ def test_a_file_that_is_not_text(tproxyd: Shown, tmp_path: Path) -> None:
 def test_without_the_default_file_the_defaults(
     tproxyd: Shown, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "DEFAULT_FILE", "/nonexistent/tproxyd.toml")
+    monkeypatch.setattr(configsource, "DEFAULT_FILE", "/nonexistent/tproxyd.toml")
     assert tproxyd("check") == (
         0,
         "built-in defaults: fine: 1 listener: inbound on port 15006\n",
@@ -101,9 +101,9 @@ def test_without_the_default_file_the_defaults(
 def test_the_default_file_is_used_and_its_errors_count(
     tproxyd: Shown, toml: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "DEFAULT_FILE", toml("workers = 1"))
+    monkeypatch.setattr(configsource, "DEFAULT_FILE", toml("workers = 1"))
     assert tproxyd("check")[0] == 0
-    monkeypatch.setattr(cli, "DEFAULT_FILE", toml("workers = -1"))
+    monkeypatch.setattr(configsource, "DEFAULT_FILE", toml("workers = -1"))
     assert tproxyd("check")[0] == 2
 
 

@@ -51,9 +51,9 @@ class Workers:
             return
         verb, serial, question = word.split(" ", 2)
         asked = json.loads(question)
-        answers: list[dict[str, Any]]
+        answers: list[dict[str, object]]
         if verb == "connections":
-            mine = self.rows[pid][: asked["limit"]]
+            mine = [each | {"listener": asked["sort"]} for each in self.rows[pid][: asked["limit"]]]
             answers = [{"rows": [each]} for each in mine[:-1]]
             answers.append({"rows": mine[-1:], "open": len(self.rows[pid]), "last": True})
         else:
@@ -125,9 +125,28 @@ def test_who_does_not_answer_is_named_and_his_late_words_are_not_taken_for_other
         assert (ids(listing), listing["open"], listing["silent"]) == (["1-a"], 1, [2])
         serial = workers.heard[-1][1].split()[1]
         late = {"rows": [row("2-late")], "open": 1, "last": True}
-        workers.connections.heard(2, f"live {serial} {json.dumps(late)}\n")
         workers.silent = set()
+        asyncio.get_running_loop().call_soon(
+            workers.connections.heard, 2, f"live {serial} {json.dumps(late)}\n"
+        )
         assert ids(await workers.connections.listing()) == ["1-a", "2-a"]
+
+    run(test)
+
+
+def test_a_long_answer_may_take_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ANSWER_S", 0.2)
+
+    async def test() -> None:
+        workers = Workers(pid1=[])
+        workers.silent = {1}
+        loop, parts = asyncio.get_running_loop(), 5
+        for i in range(parts):
+            part = {"rows": [row(f"1-{i}")], "open": 0, "last": i == parts - 1}
+            words = f"live 1 {json.dumps(part)}\n"
+            loop.call_later(0.1 * (i + 1), workers.connections.heard, 1, words)
+        listing = await workers.connections.listing()
+        assert (len(listing["connections"]), listing["silent"]) == (parts, [])
 
     run(test)
 
@@ -151,8 +170,8 @@ def test_two_who_ask_at_once_get_their_own_answers() -> None:
         one, two = await asyncio.gather(
             workers.connections.listing(Sort.BYTES, 1), workers.connections.listing(Sort.AGE, 2)
         )
-        assert (len(one["connections"]), one["sort"]) == (1, "bytes")
-        assert (len(two["connections"]), two["sort"]) == (2, "age")
+        assert [each["listener"] for each in one["connections"]] == ["bytes"]
+        assert [each["listener"] for each in two["connections"]] == ["age", "age"]
 
     run(test)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tproxyd.proc import control
+from tproxyd.proc import control as control_module
 from tproxyd.proc.control import Control
 
 PATIENCE_S = 10.0
@@ -33,7 +33,7 @@ Line = tuple[asyncio.AbstractEventLoop, Control, socket.socket, list[str]]
 async def datagram(sock: socket.socket) -> str:
     sock.setblocking(False)
     async with asyncio.timeout(PATIENCE_S):
-        return (await asyncio.get_running_loop().sock_recv(sock, control.MAX_WORD)).decode()
+        return (await asyncio.get_running_loop().sock_recv(sock, control_module.MAX_WORD)).decode()
 
 
 def test_a_worker_that_was_busy_gets_the_newest_picture_and_the_stop(line: Line) -> None:
@@ -59,9 +59,9 @@ def test_the_longest_word_goes_through_and_a_longer_one_is_told(
     line: Line, caplog: pytest.LogCaptureFixture
 ) -> None:
     _, end, theirs, _ = line
-    longest = "x" * (control.MAX_WORD - 1)
+    longest = "x" * (control_module.MAX_WORD - 1)
     end.say(longest)
-    assert theirs.recv(control.MAX_WORD).decode() == longest + "\n"
+    assert theirs.recv(control_module.MAX_WORD).decode() == longest + "\n"
     end.say("upstreams " + longest)
     end.say("drain")
     assert theirs.recv(100) == b"drain\n"
@@ -74,6 +74,10 @@ def test_what_a_worker_says_is_heard_up_to_its_end(line: Line) -> None:
     theirs.send(b"failed: x\n")
     control.read()
     assert heard == ["ready\n", "failed: x\n"]
+    longest = "live 1 " + "x" * (control_module.MAX_WORD - 8) + "\n"
+    theirs.send(longest.encode())
+    control.read()
+    assert heard[2:] == [longest]
     theirs.shutdown(socket.SHUT_RDWR)
     control.say("drain")  # to nobody
     control.read()

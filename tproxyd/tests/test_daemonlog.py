@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import re
-import signal
 import sys
 from collections.abc import Iterator
 
@@ -15,6 +14,7 @@ import pytest
 
 from tproxyd.config import LogFormat
 from tproxyd.proc.daemonlog import Handler
+from tproxyd.tests.alarms import nothing_blocks
 
 TEXT, JSON = LogFormat.TEXT, LogFormat.JSON
 
@@ -30,15 +30,9 @@ def pipe() -> Iterator[tuple[int, int]]:
 
 
 @pytest.fixture(autouse=True)
-def _no_write_may_block() -> Iterator[None]:
-    def blocked(*_: object) -> None:
-        raise AssertionError("a write blocks")
-
-    before = signal.signal(signal.SIGALRM, blocked)
-    signal.setitimer(signal.ITIMER_REAL, 5)
-    yield
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, before)
+def _nothing_blocks() -> Iterator[None]:
+    with nothing_blocks():
+        yield
 
 
 def record(text: str, level: int = logging.INFO, *args: object) -> logging.LogRecord:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tproxyd import cli
+from tproxyd import cli, configsource
 from tproxyd.addr import Endpoint, PrefixSet, parse_prefix
 from tproxyd.config import Config, HeaderPolicy, LogFormat, ProxyProtocol, ReturnPath, SendProxy
 from tproxyd.configfile import parse
@@ -221,17 +221,17 @@ def test_the_file_they_name(
     two.write_text("table = 8\n")
     monkeypatch.setenv("TPROXYD_CONFIG", str(one))
     monkeypatch.setenv("TPROXYD_WORKERS", "2")
-    assert cli.read_config(None) == Config(table=7, workers=2)
-    assert cli.read_config(str(two)) == Config(table=8, workers=2)
+    assert configsource.read_config(None) == Config(table=7, workers=2)
+    assert configsource.read_config(str(two)) == Config(table=8, workers=2)
     assert cli.main(["check"]) == 0
     assert capsys.readouterr().out.startswith(f"{one}: fine")
 
 
 def test_without_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "DEFAULT_FILE", "/nonexistent/tproxyd.toml")
+    monkeypatch.setattr(configsource, "DEFAULT_FILE", "/nonexistent/tproxyd.toml")
     monkeypatch.setenv("TPROXYD_TABLE", "7")
-    assert cli.read_config(None) == Config(table=7)
+    assert configsource.read_config(None) == Config(table=7)
     monkeypatch.setenv("TPROXYD_TABLE", "x")
     said = "can't use the configuration of the environment:\n  TPROXYD_TABLE: "
     with pytest.raises(ConfigError, match=re.escape(said)):
-        cli.read_config(None)
+        configsource.read_config(None)

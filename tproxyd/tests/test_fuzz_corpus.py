@@ -1,7 +1,8 @@
 """What scripts/fuzz has found worth keeping is replayed.
 
 headers.b64 has inputs that together take every step of the code which reads and writes headers, as
-`scripts/fuzz --keep` chose them; found.b64 has whatever once broke the invariant.
+`scripts/fuzz --keep` chose them; found.b64 has whatever once broke the invariant, by a bug that was
+there or one that was planted.
 """
 
 from __future__ import annotations

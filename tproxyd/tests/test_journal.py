@@ -24,6 +24,7 @@ from tproxyd.flow.proxyproto import Header
 from tproxyd.flow.record import Record
 from tproxyd.flow.tally import LogFailure
 from tproxyd.flow.tlv import Tlv
+from tproxyd.tests.alarms import nothing_blocks
 from tproxyd.tests.journals import Journal, parse
 
 PEER = Peer(Endpoint("10.9.1.2", 40000))
@@ -143,6 +144,12 @@ class Writing:
         waiting, self.waiting = self.waiting, []
         for what in waiting:
             what()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_blocks() -> Iterator[None]:
+    with nothing_blocks():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,6 @@ import errno
 import fcntl
 import os
 import resource
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 from tproxyd.flow import lines
 from tproxyd.flow.lines import LineWriter
 from tproxyd.flow.tally import LogFailure
+from tproxyd.tests.alarms import nothing_blocks
 
 
 class Clock:
@@ -56,17 +56,9 @@ def pipe() -> Iterator[tuple[int, int]]:
 
 
 @pytest.fixture(autouse=True)
-def _no_write_may_block() -> Iterator[None]:
-    """A write that waits for its reader would wait for ever here."""
-
-    def blocked(*_: object) -> None:
-        raise AssertionError("a write blocks")
-
-    before = signal.signal(signal.SIGALRM, blocked)
-    signal.setitimer(signal.ITIMER_REAL, 5)
-    yield
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, before)
+def _nothing_blocks() -> Iterator[None]:
+    with nothing_blocks():
+        yield
 
 
 def read_all(fd: int) -> bytes:
@@ -271,6 +263,22 @@ def test_a_stranger_has_made_stdout_nonblocking(pipe: tuple[int, int]) -> None:
     assert sink.dropped == 0
 
 
+def test_another_writer_was_quicker(pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between our poll and our write, into a pipe that is O_NONBLOCK."""
+    sink = Sink(pipe[1])
+
+    def full(*_: object) -> int:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        sink.writer.write("one\n")
+        sink.clock.tick()
+    sink.clock.tick()
+    assert read_all(pipe[0]) == b"one\n"
+    assert (sink.dropped, sink.failures) == (0, [])
+
+
 def test_the_last_lines_wait_for_a_reader_that_is_slow(pipe: tuple[int, int]) -> None:
     os.write(pipe[1], bytes(65_536))
     sink = Sink(pipe[1])
@@ -462,18 +470,21 @@ def test_another_writer_in_the_middle_of_a_write_is_waited_for(tmp_path: Path) -
     if pid == 0:
         fcntl.lockf(fd, fcntl.LOCK_EX)
         os.write(held[1], b"x")
+        os.close(release[1])
         os.read(release[0], 1)
         os._exit(0)
     os.read(held[0], 1)
     sink = Sink(fd)
-    sink.writer.write("one\n")
-    sink.clock.tick()
-    assert path.read_text() == ""
-    assert len(sink.clock.waiting) == 1
-    os.write(release[1], b"x")
-    os.waitpid(pid, 0)
+    try:
+        sink.writer.write("one\n")
+        sink.clock.tick()
+        assert path.read_text() == ""
+        assert len(sink.clock.waiting) == 1
+    finally:
+        os.close(release[1])
+        os.waitpid(pid, 0)
     sink.clock.tick()
     assert path.read_text() == "one\n"
     assert not sink.failures
-    for each in (fd, *held, *release):
+    for each in (fd, *held, release[0]):
         os.close(each)

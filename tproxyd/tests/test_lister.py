@@ -198,9 +198,13 @@ def test_a_rate_is_since_the_last_look(scene: Scene, monkeypatch: pytest.MonkeyP
     scene.ask(asked(2, "rate"))
     rows = scene.answers(2)[0]["rows"]
     assert [row["rate"] for row in rows] == [2500.0, 700.0]
-    now += 0.1  # somebody else looks: it is measured from where the other looked
+    now += 0.1  # somebody else looks, and does not take the first one's measure away
+    relay.down.delivered += 300
     scene.ask(asked(3))
-    assert scene.answers(3)[0]["rows"][0]["rate"] == 0.0
+    assert scene.answers(3)[0]["rows"][0]["rate"] == 3000.0
+    now += 0.9
+    scene.ask(asked(4))
+    assert scene.answers(4)[0]["rows"][0]["rate"] == 300.0
 
 
 def test_other_words_are_not_for_it(scene: Scene) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tproxyd import cli
+from tproxyd import arguments, cli
 from tproxyd.istio.flags import FLAGS
 
 MANUAL = Path(__file__).resolve().parents[2] / "scripts" / "lib" / "manual.py"
@@ -33,7 +33,7 @@ def commands() -> dict[str, argparse.ArgumentParser]:
 
 def flags(verb: str) -> set[str]:
     """Of istio-iptables, whose command line is not argparse's to read, those that it knows."""
-    if verb == cli.ISTIO_IPTABLES:
+    if verb == arguments.ISTIO_IPTABLES:
         names = {f"--{each.name}" for each in FLAGS}
         return names | {f"-{each.short}" for each in FLAGS if each.short}
     return {name for each in commands()[verb]._actions for name in each.option_strings}

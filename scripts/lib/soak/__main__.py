@@ -12,17 +12,18 @@ import os
 import queue
 import random
 import resource
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from lib.daemon import ROOT, Daemon
-from lib.netns import Namespace
+from lib.netns import Namespace, run
 from lib.topology import Topology
 from lib.waits import wait_for
 
@@ -111,10 +112,18 @@ def main() -> int:
             "addr add 10.9.1.3/24 dev c0",
             "addr add fd00:9:1::3/64 dev c0 nodad",
         )
+        stack.callback(_end_what_is_left, net.pod)
         app = stack.enter_context(helping(net.pod, "soak.app"))
         daemon = stack.enter_context(Daemon(net.pod, CONFIG))
         load = stack.enter_context(helping(net.client, "soak.load", str(seed), str(args.rate)))
         return soak(daemon, app, load, 60 * args.minutes, random.Random(seed))
+
+
+def _end_what_is_left(pod: Namespace) -> None:
+    """A supervisor that an upgrade has put in the place of ours, and its children."""
+    for pid in run("ip", "netns", "pids", pod.name).split():
+        with suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
 
 
 def soak(daemon: Daemon, app: Helper, load: Helper, seconds: float, rng: random.Random) -> int:

@@ -120,22 +120,25 @@ def kill_worker(daemon: Daemon, rng: random.Random) -> float:
     worker = rng.choice(daemon.status()["workers"])
     pid = int(worker["pid"])
     os.kill(pid, signal.SIGKILL)
-    _whole(daemon, lambda status: pid not in [each["pid"] for each in status["workers"]])
+    _whole(daemon, lambda status: pid not in _ready(status))
     # Those that it had, and those that it took between the look and the kill.
     return float(worker["active"]) + 50
 
 
 def reload(daemon: Daemon, rng: random.Random) -> float:
-    done = tproxyd(daemon.namespace, "reload", "-c", str(daemon.scratch / "tproxyd.toml"))
-    assert done.returncode == 0, f"tproxyd reload: exit {done.returncode}: {done.stderr}"
-    _whole(daemon)
+    """SIGHUP: the same configuration, on new workers."""
+    before = daemon.status()
+    old = {worker["pid"] for worker in before["workers"]}
+    os.kill(before["pid"], signal.SIGHUP)
+    _whole(daemon, lambda status: not old & _ready(status))
     return 0.0
 
 
 def upgrade(daemon: Daemon, rng: random.Random) -> float:
+    old = daemon.status()["pid"]
     done = tproxyd(daemon.namespace, "upgrade", "-c", str(daemon.scratch / "tproxyd.toml"))
     assert done.returncode == 0, f"tproxyd upgrade: exit {done.returncode}: {done.stderr}"
-    _whole(daemon)
+    _whole(daemon, lambda status: status["pid"] != old)
     return 0.0
 
 
@@ -150,6 +153,10 @@ def flush(daemon: Daemon, rng: random.Random) -> float:
     return float("inf")
 
 
+def _ready(status: dict[str, Any]) -> set[int]:
+    return {worker["pid"] for worker in status["workers"] if worker["state"] == "ready"}
+
+
 def _whole(daemon: Daemon, also: Callable[[dict[str, Any]], bool] = lambda status: True) -> None:
     def look() -> bool:
         status = daemon.status()
@@ -159,7 +166,7 @@ def _whole(daemon: Daemon, also: Callable[[dict[str, Any]], bool] = lambda statu
 
 
 def available(daemon: Daemon) -> list[Fault]:
-    """Those that this version has an answer to."""
+    """Those that this version has an answer to; to the others it would just be ended."""
     faults = [Fault(WORKER_KILLED, 45, Excuse.DEATH, kill_worker)]
     for verb, do in (("reload", reload), ("upgrade", upgrade)):
         if tproxyd(daemon.namespace, verb, "--help").returncode == 0:
