@@ -12,12 +12,14 @@ systemd on this side. Commands get inside by nsenter(1).
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import tempfile
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -33,9 +35,16 @@ CACHE = ROOT / ".cache" / "machine"
 _CANNOT = 75  # EX_TEMPFAIL, of build-here: nothing to do with us
 BOOT_S = 90.0  # two seconds, when nobody else wants the processors
 COMMAND_S = 120.0
+_serial = itertools.count(1)
 
+# Where cgroups are: both versions, or version 2 alone. systemd-nspawn puts the machine into the one
+# that it is started in, and two machines must not meet there.
+_CGROUPS = ("/sys/fs/cgroup/systemd", "/sys/fs/cgroup/unified", "/sys/fs/cgroup")
 _BOOT = """
 set -e
+for at in $CGROUPS; do
+    [ ! -e "$at/cgroup.procs" ] || { mkdir "$at/$NAME" && echo $$ >"$at/$NAME/cgroup.procs"; }
+done
 mount --make-rprivate /
 mount -t tmpfs tmpfs /run/systemd
 mkdir -p /run/systemd/nspawn
@@ -47,6 +56,12 @@ exec systemd-nspawn --boot --quiet --directory="$SCRATCH/root" --machine="$NAME"
     --register=no --keep-unit --private-network --capability=all --console=read-only \
     --bind-ro="$CHECKOUT:/src" --bind-ro="$CACHE/wheels:/wheels"
 """
+
+
+def _removed(cgroup: Path) -> bool:
+    with contextlib.suppress(OSError):
+        cgroup.rmdir()
+    return not cgroup.exists()
 
 
 class Machine:
@@ -80,6 +95,7 @@ class Machine:
         self._exit.close()
 
     def _boot(self) -> None:
+        self._name = f"tproxyd-{os.getpid()}-{next(_serial)}"
         scratch = tempfile.mkdtemp(prefix="tproxyd-")
         self._exit.callback(shutil.rmtree, scratch)
         self._console = Path(f"{scratch}.console")
@@ -95,7 +111,8 @@ class Machine:
                     "SCRATCH": scratch,
                     "CACHE": str(CACHE),
                     "CHECKOUT": str(ROOT),
-                    "NAME": f"tproxyd-{os.getpid()}",
+                    "NAME": self._name,
+                    "CGROUPS": " ".join(_CGROUPS),
                 },
             )
         self._exit.callback(self._end)
@@ -120,6 +137,10 @@ class Machine:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait(30)
+        for at in _CGROUPS:
+            # Deepest first; the kernel counts a process out a moment after it is gone.
+            for where in sorted(Path(at, self._name).glob("**/"), reverse=True):
+                wait_for(partial(_removed, where), f"{where} to be empty")
 
     @property
     def console(self) -> str:

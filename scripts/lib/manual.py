@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from tproxyd import __version__, arguments, cli
+from tproxyd import __version__, cli
+from tproxyd.arguments import ISTIO_IPTABLES
 from tproxyd.istio.flags import FLAGS
 
 PAGE = Path(__file__).resolve().parents[1] / "man" / "tproxyd.8"
@@ -41,7 +42,7 @@ def verbs() -> list[Verb]:
 
 
 def _verb(name: str, what: str, parser: argparse.ArgumentParser) -> Verb:
-    if name == arguments.ISTIO_IPTABLES:
+    if name == ISTIO_IPTABLES:
         return Verb(name, what, tuple(_istio_options()), "")
     options = tuple(_option(each) for each in parser._actions if each.option_strings)
     operands = [each for each in parser._actions if not each.option_strings]
