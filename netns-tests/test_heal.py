@@ -10,9 +10,12 @@ import signal
 
 import pytest
 from lib.backends import BACKENDS, dump, rules
-from lib.daemon import Daemon, tproxyd
-from lib.heals import figure, healed_after, kernel
+from lib.daemon import Daemon, descendants, tproxyd
+from lib.figures import Figure
+from lib.heals import figure as took
+from lib.heals import healed_after, kernel
 from lib.netns import Namespace
+from lib.processes import holds, open_files, proportional_kib, resident_kib
 from lib.streams import assert_talks
 from lib.topology import V4, V6, Topology
 from lib.waits import stays, wait_for
@@ -64,7 +67,7 @@ def heals(
             now, seconds = healed_after(daemon, functools.partial(shell, net.pod, command))
             wait_for(lambda: dump(net.pod) == installed, f"everything after: {what}")
             with say.disabled():
-                print(figure(what, now, seconds), end="")
+                print(took(what, now, seconds), end="")
             for family in (V4, V6):
                 pair = net.pair(family)
                 assert_talks(pair)
@@ -104,7 +107,7 @@ def test_a_reload_of_firewalld(net: Topology, capsys: pytest.CaptureFixture[str]
         for _ in range(3):
             now, seconds = healed_after(daemon, lambda: net.pod.nft(FIREWALLD))
             with capsys.disabled():
-                print(figure("a reload of firewalld", now, seconds), end="")
+                print(took("a reload of firewalld", now, seconds), end="")
             assert_talks(net.pair())
             assert "table inet firewalld" in net.pod.run("nft", "list", "ruleset")
 
@@ -136,10 +139,36 @@ def test_lo_down_is_told_and_healed_when_it_is_up(
         net.pod.ip("link set lo up")
         wait_for(lambda: daemon.stderr.count("the kernel state is as configured") == 1, "a heal")
         with capsys.disabled():
-            print(figure("lo up again", kernel(daemon), kernel(daemon)["last_heal"]["seconds"]))
+            print(took("lo up again", kernel(daemon), kernel(daemon)["last_heal"]["seconds"]))
         for family in (V4, V6):
             assert_talks(net.pair(family))
         assert daemon.get("/readyz") == (200, "ok\n")
+
+
+def test_what_writes_routes_leaves_nothing_behind(net: Topology, figure: Figure) -> None:
+    """Who guards stays small: pyroute2 is in another process, and that only while it writes."""
+
+    def at_rest(what: str) -> None:
+        keeper = daemon.keeper()
+        wait_for(lambda: not descendants(keeper), "an end of who writes routes")
+        assert holds(keeper, b"tproxyd/kernel/routewriter.py")  # as every module that is loaded
+        assert not holds(keeper, b"pyroute2/iproute/linux.py")
+        whole = proportional_kib([daemon.pid, *descendants(daemon.pid)])
+        resident = resident_kib(keeper)
+        figure(f"{what}: {whole / 1024:.1f} MiB the daemon; {resident / 1024:.1f} its keeper, RSS")
+
+    with Daemon(net.pod, install=False) as daemon:
+        wait_for(lambda: "the kernel state is not installed" in daemon.stderr, "a look")
+        at_rest("nothing installed")
+    with Daemon(net.pod) as daemon:
+        files = open_files([daemon.keeper()])
+        at_rest("installed")
+        for command in ("ip rule del priority 1337", "ip -6 route flush table 133"):
+            now, seconds = healed_after(daemon, functools.partial(shell, net.pod, command))
+            noticed = now["last_heal"]["seconds"]
+            figure(f"{command}: {seconds * 1000:.0f} ms after it, {noticed * 1000:.0f} noticed")
+            at_rest(f"after {command}")
+        assert open_files([daemon.keeper()]) == files
 
 
 # What stays ill -----------------------------------------------------------------------------------
@@ -172,7 +201,7 @@ def test_a_heal_that_fails_is_told_and_tried_again(
 
         now, seconds = healed_after(daemon, out_of_the_way)
         with capsys.disabled():
-            print(figure("another program's route gone", now, seconds))
+            print(took("another program's route gone", now, seconds))
         assert daemon.get("/readyz")[0] == 200
         assert kernel(daemon)["trouble"] == ""
 

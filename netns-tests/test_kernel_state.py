@@ -13,8 +13,9 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ from tproxyd.config import (
     Via,
 )
 from tproxyd.errors import KernelError
+from tproxyd.kernel import routewriter
 from tproxyd.kernel.desired import Facts
 from tproxyd.kernel.machine import Machine
 from tproxyd.kernel.nft import LIBRARY, Nft
@@ -401,6 +403,116 @@ def test_sigkill_between_any_two_writes(
             installed(pod, config)
 
 
+def test_who_writes_routes_is_there_for_that_only(pod: Namespace, config: Config) -> None:
+    """Nobody is started to look, or for nft alone; no process, file or pyroute2 is left behind."""
+    done = python(
+        pod,
+        f"""
+        import os, subprocess, sys
+        from tproxyd.config import Config, ReturnPath, Rules
+        from tproxyd.kernel import reconcile
+        from tproxyd.kernel.machine import Machine
+        config = Config(rules=Rules(return_path=ReturnPath("{config.rules.return_path}")))
+        world, forks = Machine(), 0
+
+        def forked():
+            global forks
+            forks += 1
+
+        os.register_at_fork(after_in_parent=forked)  # not that of subprocess
+        def install(): return len(reconcile.install(config, world=world).changed)
+        def check(): return len(reconcile.check(config, world=world).differs)
+        def clashes(): return len(reconcile.clashes(config))
+        def clean(): return len(reconcile.clean(world=world).changed)
+        damages = ("nft flush ruleset", "ip rule del priority 1337", "ip route flush table 133")
+        files = None
+        for do in (check, install, check, install, clashes, *damages, clean, clean):
+            before = forks
+            if isinstance(do, str):
+                subprocess.run(do.split(), check=True)
+                name, count = do.split()[1], install()
+            else:
+                name, count = do.__name__, do()
+            files = files or os.listdir("/proc/self/fd")
+            assert os.listdir("/proc/self/fd") == files, do
+            assert open(f"/proc/self/task/{{os.getpid()}}/children").read() == "", do
+            assert not any("pyroute2" in name for name in sys.modules), do
+            print(name, count and "some", forks - before)
+        """,
+    )
+    assert done.stdout.splitlines() == [
+        *("check some 0", "install some 1", "check 0 0", "install 0 0", "clashes 0 0"),
+        *("flush some 0", "rule some 1", "route some 1", "clean some 1", "clean 0 0"),
+    ], done.stderr
+
+
+def test_without_pyroute2_nothing_is_changed(pod: Namespace, config: Config) -> None:
+    before = pod.dump()
+    done = python(
+        pod,
+        """
+        import sys
+        from tproxyd.config import Config
+        from tproxyd.kernel.reconcile import install
+        sys.modules["pyroute2"] = None  # as if there was none
+        try:
+            install(Config())
+        except ModuleNotFoundError as error:
+            print(error)
+        """,
+    )
+    assert "pyroute2" in done.stdout, done.stderr
+    assert pod.dump() == before
+
+
+class DiesAt:
+    """pyroute2, up to the call with this word, which never comes to its end."""
+
+    def __init__(self, word: str, *, written: bool) -> None:
+        self._word, self._written, self._whole = word, written, routewriter._pyroute2()
+
+    def __call__(self) -> routewriter._Pyroute2:
+        real = self._whole.IPRoute(strict_check=True)
+
+        class IPRoute:
+            def __init__(_, *, strict_check: bool) -> None: ...
+
+            def __getattr__(_, name: str) -> Callable[..., object]:
+                def call(*words: str, **fields: object) -> object:
+                    dies = name == self._word
+                    answer = (
+                        () if dies and not self._written else getattr(real, name)(*words, **fields)
+                    )
+                    if dies:
+                        list(answer)
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    return answer
+
+                return call
+
+        return routewriter._Pyroute2(IPRoute, self._whole.NetlinkError)
+
+
+@pytest.mark.parametrize("written", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("word", ["route", "rule"])
+def test_who_writes_routes_is_killed(
+    pod: Namespace, config: Config, monkeypatch: pytest.MonkeyPatch, word: str, *, written: bool
+) -> None:
+    """The one install fails and says why, the next one is whole, and so is a clean."""
+    before = pod.dump()
+    for call in (partial(install, config), clean):
+        with monkeypatch.context() as patch:
+            patch.setattr(routewriter, "_pyroute2", DiesAt(word, written=written))
+            with pytest.raises(KernelError) as caught:
+                pod.inside(call)
+        assert caught.value.why == "the process that writes it was killed by SIGKILL"
+        assert caught.value.hint.startswith("try again")
+        pod.inside(call)
+        if call is not clean:
+            assert pod.inside(check, config).differs == ()
+    assert pod.dump() == before
+
+
 def test_a_read_only_proc_sys(pod: Namespace) -> None:
     """As containers have it: auto takes the other return path, accept-mark says what to do."""
     done = python(
@@ -408,6 +520,7 @@ def test_a_read_only_proc_sys(pod: Namespace) -> None:
         """
         from tproxyd.config import Config, ReturnPath, Rules
         from tproxyd.errors import KernelError
+from tproxyd.kernel import routewriter
         from tproxyd.kernel.reconcile import check, install
         print(check(Config()).notes[0])
         try:
@@ -463,6 +576,7 @@ def test_an_ordinary_user_is_told_what_is_missing(pod: Namespace, config: Config
         import os
         from tproxyd.config import Config
         from tproxyd.errors import KernelError
+from tproxyd.kernel import routewriter
         from tproxyd.kernel.reconcile import check, clean
         clean()  # all is imported now; another user may not be able to read the checkout
         os.setgroups([])

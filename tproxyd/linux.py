@@ -10,6 +10,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import signal
 import socket
 import struct
 from collections.abc import Callable, Sequence
@@ -53,6 +54,7 @@ CAPABILITY_NAMES = {
 }
 _CAPABILITY_VERSION_3 = 0x20080522
 # include/uapi/linux/prctl.h
+_PR_SET_PDEATHSIG = 1
 _PR_SET_KEEPCAPS = 8
 _PR_SET_NAME = 15
 _PR_SET_NO_NEW_PRIVS = 38
@@ -122,6 +124,11 @@ def become(uid: int, gid: int, groups: Sequence[int] = ()) -> None:
 def name_process(name: str) -> None:
     """The name that ps -o comm, top and /proc/PID/comm show: 15 bytes at most."""
     _check(_libc.prctl(_PR_SET_NAME, name.encode()[:15] + b"\0", 0, 0, 0), "prctl(NAME)")
+
+
+def die_with_parent() -> None:
+    """SIGKILL for this process when the thread that forked it ends, however it does."""
+    _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl(PDEATHSIG)")
 
 
 _CLONE_NEWNET = 0x40000000  # linux/sched.h

@@ -36,6 +36,25 @@ def private_kib(pids: list[int]) -> int:
     return total
 
 
+def proportional_kib(pids: list[int]) -> int:
+    """Resident memory of these processes, what is shared counted once: their parts of it (PSS)."""
+    texts = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in pids]
+    return sum(int(text.partition("\nPss:")[2].split()[0]) for text in texts)
+
+
+def holds(pid: int, words: bytes) -> bool:
+    """Whether these stand anywhere in the memory that a process may write."""
+    with Path(f"/proc/{pid}/mem").open("rb", 0) as memory:
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            place, rights, *_ = line.split()
+            start, _, end = place.partition("-")
+            if rights.startswith("rw"):
+                memory.seek(int(start, 16))
+                if words in memory.read(int(end, 16) - int(start, 16)):
+                    return True
+    return False
+
+
 def address_space(pid: int) -> int:
     """In bytes, used or not: what RLIMIT_AS is about."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")

@@ -49,24 +49,27 @@ def route(item: Item) -> Route | UnknownRoute:
     return UnknownRoute(family, text)
 
 
-def route_body(route: Route) -> bytes:
-    """What is sent to add or to remove one."""
-    to, length = b"", 0
-    if route.destination != "default":
-        where, _, bits = route.destination.partition("/")
-        to, length = (
-            netlink.attribute(netlink.DST, socket.inet_pton(AF[route.family], where)),
-            int(bits),
-        )
-    head = (AF[route.family], length, 0, 0, 0, route.protocol, _RT_SCOPE_HOST, RTN_LOCAL, 0)
-    out = netlink.number(netlink.OIF, LO)
-    return netlink.HEAD.pack(*head) + to + out + netlink.number(netlink.TABLE, route.table)
+def route_arguments(route: Route) -> dict[str, object]:
+    everything = "default" if route.family == 4 else "::/0"
+    return {
+        "family": AF[route.family],
+        "type": "local",
+        "dst": everything if route.destination == "default" else route.destination,
+        "oif": LO,
+        "scope": _RT_SCOPE_HOST,
+        "table": route.table,
+        "proto": route.protocol,
+    }
 
 
-def address_body(address: Address) -> bytes:
-    where = netlink.attribute(netlink.IFA_ADDRESS, socket.inet_pton(AF[6], address.address))
-    protocol = netlink.attribute(netlink.IFA_PROTO, bytes([address.protocol]))
-    return netlink.ADDRESS.pack(AF[6], 128, 0, 0, LO) + where + protocol
+def address_arguments(address: Address) -> dict[str, object]:
+    return {
+        "family": socket.AF_INET6,
+        "address": address.address,
+        "prefixlen": 128,
+        "index": LO,
+        "proto": address.protocol,
+    }
 
 
 def rule(item: Item) -> PolicyRule | UnknownRule:
@@ -92,17 +95,12 @@ def mask_of(item: Item) -> int:
     return FULL_MASK if mask is None else mask
 
 
-def rule_body(rule: PolicyRule) -> bytes:
-    values = (
-        (netlink.PRIORITY, rule.priority),
-        (netlink.RULE_MARK, rule.mark),
-        (netlink.RULE_MASK, rule.mask),
-        (netlink.TABLE, rule.table),
-    )
-    return b"".join(
-        (
-            netlink.HEAD.pack(AF[rule.family], 0, 0, 0, 0, 0, 0, _FR_ACT_TO_TBL, 0),
-            *(netlink.number(kind, value) for kind, value in values),
-            netlink.attribute(netlink.RULE_PROTOCOL, bytes([rule.protocol])),
-        )
-    )
+def rule_arguments(rule: PolicyRule) -> dict[str, object]:
+    return {
+        "family": AF[rule.family],
+        "priority": rule.priority,
+        "fwmark": rule.mark,
+        "fwmask": rule.mask,
+        "table": rule.table,
+        "protocol": rule.protocol,
+    }

@@ -56,9 +56,13 @@ class Machine:
             Backend.IPTABLES_LEGACY: Legacy(adopt=self._adopt),
         }
 
+    def prepare(self) -> None:
+        """To be called while there is time, before a `lock` in which routes are written."""
+        self._routing.prepare()
+
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Also the time for which a netlink socket is open."""
+        """Also the time for which a netlink socket is open, and who writes routes is there."""
         with _locked(), contextlib.closing(self._routing):
             yield
 

@@ -1,5 +1,7 @@
 """Policy rules and local routes, read and written; and the sysctls.
 
+What is read is read here, with netlink.py; what is written is written by routewriter.py's process,
+which the first write starts and `close` ends. What is removed as it was listed needs no such words.
 What is built on:
 
 - Ours is what carries one of our protocol numbers (state.py), in every table.
@@ -14,6 +16,7 @@ What is built on:
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Callable
@@ -25,19 +28,13 @@ from tproxyd.kernel.chains import mark_mask
 from tproxyd.kernel.desired import Facts
 from tproxyd.kernel.firewall import Family
 from tproxyd.kernel.netlink import (
-    CREATE,
-    EXCLUSIVE,
-    REPLACE,
-    RTM_DELADDR,
     RTM_DELROUTE,
     RTM_DELRULE,
     RTM_GETROUTE,
     RTM_GETRULE,
-    RTM_NEWADDR,
-    RTM_NEWROUTE,
-    RTM_NEWRULE,
     Item,
 )
+from tproxyd.kernel.routewriter import Lost, RouteWriter
 from tproxyd.kernel.state import (
     MARK_SYSCTLS,
     NUMBERS,
@@ -73,16 +70,23 @@ _NO_FAMILY = (errno.EOPNOTSUPP, errno.EAFNOSUPPORT)
 
 
 class Routing:
-    """The sockets of one reconcile, opened on first use; close it."""
+    """The socket and the process of one reconcile, from the first use; close it."""
 
     def __init__(self) -> None:
         self._netlink: netlink.Netlink | None = None
+        self._writer: RouteWriter | None = None
         self._read: tuple[list[Item], list[Item]] | None = None  # until something is changed
 
+    def prepare(self) -> None:
+        """Have ready what the first write needs, which is tens of milliseconds away."""
+        with contextlib.suppress(OSError):  # the first write will say so
+            self._writer = self._writer or RouteWriter()
+
     def close(self) -> None:
-        if self._netlink is not None:
-            self._netlink.close()
-        self._netlink = self._read = None
+        for each in (self._netlink, self._writer):
+            if each is not None:
+                each.close()
+        self._netlink = self._writer = self._read = None
 
     def facts(self) -> Facts:
         """What `desired` must know of this machine."""
@@ -131,23 +135,23 @@ class Routing:
             case Sysctl() as old, None:
                 self._write_sysctl(old.name, 0)
             case None, Route() as new:
-                self._write(change, RTM_NEWROUTE, items.route_body(new), CREATE | EXCLUSIVE)
+                self._write(change, "route", "add", items.route_arguments(new))
             case _, Route() as new:
-                self._write(change, RTM_NEWROUTE, items.route_body(new), CREATE | REPLACE)
+                self._write(change, "route", "replace", items.route_arguments(new))
             case Route() as old, None:
-                self._drop(change, RTM_DELROUTE, items.route_body(old))
+                self._drop(change, "route", items.route_arguments(old))
             case old, Address() as new:
                 if isinstance(old, Address):
-                    self._drop(change, RTM_DELADDR, items.address_body(old))
-                self._write(change, RTM_NEWADDR, items.address_body(new), CREATE | EXCLUSIVE)
+                    self._drop(change, "addr", items.address_arguments(old))
+                self._write(change, "addr", "add", items.address_arguments(new))
             case Address() as old, None:
-                self._drop(change, RTM_DELADDR, items.address_body(old))
+                self._drop(change, "addr", items.address_arguments(old))
             case old, PolicyRule() as new:
-                self._write(change, RTM_NEWRULE, items.rule_body(new), CREATE | EXCLUSIVE)
+                self._write(change, "rule", "add", items.rule_arguments(new))
                 if isinstance(old, PolicyRule):
-                    self._drop(change, RTM_DELRULE, items.rule_body(old))
+                    self._drop(change, "rule", items.rule_arguments(old))
             case PolicyRule() as old, None:
-                self._drop(change, RTM_DELRULE, items.rule_body(old))
+                self._drop(change, "rule", items.rule_arguments(old))
             case (UnknownRoute() | UnknownRule()) as old, None:
                 self._drop_unknown(change, old)
             case _:
@@ -176,19 +180,24 @@ class Routing:
                     found.append(f"{rule} has the place of ours")
         return tuple(found)
 
-    def _write(self, action: object, kind: int, body: bytes, flags: int = 0) -> None:
+    def _write(self, action: object, what: str, command: str, fields: dict[str, object]) -> None:
         try:
-            self._reader().write(kind, body, flags)
+            if self._writer is None:
+                self._writer = RouteWriter()
+            self._writer.write(what, command, fields)
+        except Lost as error:
+            self._writer = None
+            raise KernelError(str(action), str(error), "try again") from error
         except OSError as error:
             raise _refusal(action, error) from error
 
-    def _drop(self, action: object, kind: int, body: bytes) -> None:
+    def _drop(self, action: object, what: str, fields: dict[str, object]) -> None:
         """A removal: that it is gone already is what was wanted."""
         try:
-            self._reader().write(kind, body)
-        except OSError as error:
-            if error.errno not in _GONE:
-                raise _refusal(action, error) from error
+            self._write(action, what, "del", fields)
+        except KernelError as error:
+            if not (isinstance(error.__cause__, OSError) and error.__cause__.errno in _GONE):
+                raise
 
     def _write_sysctl(self, name: str, value: int) -> None:
         try:

@@ -26,10 +26,12 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from tproxyd import child
+from tproxyd.child import ending_of
 from tproxyd.config import Config, PerClient
 from tproxyd.errors import KernelError
 from tproxyd.flow.tally import ACTIVE, Layout
-from tproxyd.proc import child, counters, watchdog
+from tproxyd.proc import counters, watchdog
 from tproxyd.proc.accesslog import AccessLog
 from tproxyd.proc.clients import ClientTables
 from tproxyd.proc.control import Control
@@ -315,10 +317,3 @@ async def first_of(seconds: float, *events: asyncio.Event) -> None:
     await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
     for wait in waits:
         wait.cancel()
-
-
-def ending_of(code: int) -> str:
-    if code < 0:
-        names = {each.value: each.name for each in signal.Signals}
-        return f"was killed by {names.get(-code, f'signal {-code}')}"  # real-time ones have none
-    return f"ended with exit status {code}"

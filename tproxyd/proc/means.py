@@ -36,9 +36,10 @@ class Verb(StrEnum):
     MOVE = "move"  # to another configuration, or stay
     RELEASE = "release"  # keep it no longer, and leave it as it is
     LEAVE = "leave"  # the same, and end: there is no answer
+    PREPARE = "prepare"  # to install, which will be asked soon
 
 
-# What the kernel side is asked: INSTALL, STOP_INTERCEPTING, CHECK, CLEAN, RELEASE.
+# What the kernel side is asked: PREPARE, INSTALL, STOP_INTERCEPTING, CHECK, CLEAN, RELEASE.
 Kernel = Callable[[Verb], Report]
 
 
@@ -92,6 +93,9 @@ def load_kernel(config: Config) -> Kernel:
                 report = reconcile.clean(world=world)
             case Verb.RELEASE:
                 world.own(Own.NOT)
+                return Report()
+            case Verb.PREPARE:
+                world.prepare()
                 return Report()
             case _:
                 raise AssertionError(verb)

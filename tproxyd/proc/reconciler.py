@@ -29,9 +29,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from tproxyd import child
 from tproxyd.config import Config
 from tproxyd.errors import KernelError
-from tproxyd.proc import child, keeper, means
+from tproxyd.proc import keeper, means
 from tproxyd.proc.heals import Heals
 from tproxyd.proc.means import Kernel, Means, Report, Verb
 
@@ -104,10 +105,14 @@ class Reconciler:
 
     # The process --------------------------------------------------------------------------------
 
-    def fork(self) -> None:
-        """Start it. Called early, so that its imports run beside everything else."""
+    def fork(self, *, prepare: bool = False) -> None:
+        """Start it. Called early, so that its imports run beside everything else.
+
+        `prepare`: install is what will be asked, and what that imports runs beside it, too.
+        """
         ours, theirs = socket.socketpair()
-        config, given, wish = self._config, self._means, self._wish
+        config, given = self._config, self._means
+        wish = Verb.PREPARE if prepare else self._wish
         with theirs:
             try:
                 self._pid = child.fork(

@@ -26,9 +26,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, NoReturn
 
+from tproxyd import child
 from tproxyd.errors import KernelError
 from tproxyd.linux import CAP_SETGID, CAP_SETUID, CAPABILITY_NAMES, become, capabilities, keep_only
-from tproxyd.proc import child
 
 log = logging.getLogger("tproxyd")
 

@@ -36,6 +36,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from tproxyd import __version__
+from tproxyd.child import ending_of
 from tproxyd.config import Config
 from tproxyd.errors import ConfigError, KernelError, Problem, TproxydError
 from tproxyd.linux import CAP_NET_ADMIN, lay_down
@@ -46,7 +47,7 @@ from tproxyd.proc.ask import Answer, Request
 from tproxyd.proc.commands import Handler
 from tproxyd.proc.connections import Connections
 from tproxyd.proc.endpoints import Endpoints
-from tproxyd.proc.generation import Generation, ending_of, kill_hung
+from tproxyd.proc.generation import Generation, kill_hung
 from tproxyd.proc.reconciler import Reconciler
 from tproxyd.proc.sockets import Listening, Sockets
 from tproxyd.proc.startup import age_ms, log_to_stderr, raise_file_limit
@@ -546,7 +547,7 @@ def serve(
     inheritance = upgrade.Inheritance()
     kernel = Reconciler(config)
     lay_down(CAP_NET_ADMIN)  # the child that needs it takes it up
-    kernel.fork()
+    kernel.fork(prepare=install and inheritance.predecessor is None)
     # uvloop and the data plane, imported only now: its child imports the control plane meanwhile.
     from tproxyd.flow import listen
     from tproxyd.proc.worker import run

@@ -37,8 +37,9 @@ import socket
 import sys
 from collections.abc import Sequence
 
+from tproxyd import child
 from tproxyd.errors import KernelError
-from tproxyd.proc import child, systemd
+from tproxyd.proc import systemd
 
 # For all of the successor's start: names are waited for 3 s, workers 10 s, the kernel state 10 s.
 UPGRADE_TIMEOUT_S = 30.0

@@ -14,8 +14,9 @@ import socket
 import time
 from collections.abc import Callable
 
+from tproxyd import child
 from tproxyd.config import Config
-from tproxyd.proc import child, picture
+from tproxyd.proc import picture
 from tproxyd.proc.counters import UpstreamCounts
 from tproxyd.proc.picture import Entry, Health, Picture
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tproxyd import linux
+from tproxyd import child, linux
 from tproxyd.addr import Endpoint
 from tproxyd.linux import (
     CAP_NET_ADMIN,
@@ -29,7 +29,6 @@ from tproxyd.linux import (
     interface_is_up,
     rtt_and_retransmits,
 )
-from tproxyd.proc import child
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ESTABLISHED = 1

@@ -12,10 +12,10 @@ from collections.abc import Callable
 import pytest
 import uvloop
 
+from tproxyd import child
 from tproxyd.errors import CloseReason
 from tproxyd.flow.engine import EXIT_NO_MEMORY, Engine, end_by_bug, give_up
 from tproxyd.flow.relay import Direction
-from tproxyd.proc import child
 
 
 class Way(Direction):

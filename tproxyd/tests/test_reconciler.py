@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tproxyd.config import Config
-from tproxyd.proc import generation, keeper, reconciler
+from tproxyd.proc import generation, keeper, reconciler, supervisor
 from tproxyd.proc.means import Kernel, Means, Report, Verb
 from tproxyd.tests.daemons import (
     Daemon,

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from tproxyd import child
 from tproxyd.addr import Endpoint
 from tproxyd.config import HealthCheck, Listener
-from tproxyd.proc import child, generation, prober, reconciler, supervisor, upstreams, watchdog
+from tproxyd.proc import generation, prober, reconciler, supervisor, upstreams, watchdog
 from tproxyd.proc.worker import WorkerSpec
 from tproxyd.tests.daemons import PATIENCE_S, Daemon, free_port, hear, say
 

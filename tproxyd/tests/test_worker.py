@@ -25,7 +25,7 @@ from typing import Any
 
 import pytest
 
-from tproxyd import linux
+from tproxyd import child, linux
 from tproxyd.addr import Endpoint, PrefixSet, parse_prefix
 from tproxyd.config import Config, HeaderPolicy, Listener, ProxyProtocol
 from tproxyd.errors import KernelError
@@ -41,7 +41,7 @@ from tproxyd.flow.tally import (
     Metric,
 )
 from tproxyd.linux import CAP_NET_RAW, capabilities, reset_on_close
-from tproxyd.proc import child, worker
+from tproxyd.proc import worker
 from tproxyd.proc.counters import Page
 from tproxyd.proc.door import Door
 from tproxyd.tests.playbook import rotate

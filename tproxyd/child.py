@@ -1,8 +1,9 @@
 """Forking a child that shares nothing with its parent but what it is given.
 
-The supervisor forks its workers and the reconciler, without exec: what is imported is shared
-memory, and a worker that replaces a dead one starts at once. The price is that a child is born
-inside the parent's event loop, with the parent's sockets. So, in this order:
+The supervisor forks its workers and the keeper of the kernel state, and that one forks who writes
+routes, without exec: what is imported is shared memory, and a worker that replaces a dead one
+starts at once. The price is that a child is born inside the parent's event loop, with the parent's
+sockets. So, in this order:
 
 - every signal is blocked across the fork: a handler of the parent, run in the child, would write to
   the wake-up pipe that both now share;
@@ -43,8 +44,9 @@ def fork(body: Callable[[], None], keep: Iterable[int]) -> int:
     stdin, stdout, stderr and the file descriptors in `keep` stay open in the child. OSError when
     there can be no more processes.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # `tproxyd install >&-`
+            stream.flush()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         pid = os.fork()
@@ -70,6 +72,14 @@ def fork(body: Callable[[], None], keep: Iterable[int]) -> int:
         os._exit(code)  # neither atexit nor the parent's finally blocks are ours to run
 
 
+def ending_of(code: int) -> str:
+    """How a process ended, by os.waitstatus_to_exitcode."""
+    if code < 0:
+        names = {each.value: each.name for each in signal.Signals}
+        return f"was killed by {names.get(-code, f'signal {-code}')}"  # real-time ones have none
+    return f"ended with exit status {code}"
+
+
 def _close_all_but(keep: set[int]) -> None:
     low = 0
     for fd in sorted(keep):
@@ -93,5 +103,6 @@ def _default_signals() -> None:
 def _flush() -> None:
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # whoever read it is gone
-            stream.flush()
+        if stream is not None:
+            with contextlib.suppress(OSError, ValueError):  # whoever read it is gone
+                stream.flush()
