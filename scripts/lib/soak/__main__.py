@@ -31,6 +31,7 @@ from soak import drift, faults
 
 CONFIG = """
 workers = 2
+drain_timeout_s = 300.0   # what is open at a reload or an upgrade lives for less
 [[listener]]
 [[listener.proxy_protocol]]
 from = ["10.9.1.3", "fd00:9:1::3"]
@@ -159,8 +160,7 @@ def soak(daemon: Daemon, app: Helper, load: Helper, seconds: float, rng: random.
         f"{each['at'] - began:7.1f} s  {each['what']} ({each['by']}): {each['detail'][:300]}"
         for each in unexcused
     ]
-    deaths = sum(window.name == faults.WORKER_KILLED for window in inflicted.windows)
-    problems += _told(daemon, deaths)
+    problems += _told(daemon, Counter(window.name for window in inflicted.windows))
     rows = drift.table(before, samples, after, result["fifths"])
     problems += [f"{row.name}: {row.broken}" for row in rows if row.broken]
 
@@ -178,7 +178,7 @@ def _at_rest(daemon: Daemon) -> drift.Numbers:
     return drift.sample(daemon)
 
 
-def _told(daemon: Daemon, deaths: int) -> list[str]:
+def _told(daemon: Daemon, done: Counter[str]) -> list[str]:
     """What the daemon's own words give away, and whether it has counted right."""
     problems = [
         f"the log: {line}"
@@ -193,7 +193,9 @@ def _told(daemon: Daemon, deaths: int) -> list[str]:
         problems.append(f"{reasons['internal']} connections ended as internal")
     # A line waits up to 0.05 s for company, and a worker that is killed takes those along.
     unlogged = daemon.metric("tproxyd_connections_total") - reasons.total()
-    if not 0 <= unlogged <= UNLOGGED * deaths:
+    deaths = done[faults.WORKER_KILLED]
+    # A new process counts anew.
+    if not done["upgrade"] and not 0 <= unlogged <= UNLOGGED * deaths:
         problems.append(f"{unlogged:g} connections more counted than logged, {deaths} workers died")
     if not daemon.status()["ready"]:
         problems.append(f"not ready: {daemon.status()['not_ready_because']}")

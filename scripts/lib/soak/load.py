@@ -45,6 +45,7 @@ WAYS = (
 SHORT, DIRECT, ABORTED, REFUSED = 0.83, 0.10, 0.05, 0.02
 BULK_STREAMS, BULK_BYTES, BULK_BYTES_PER_S = 2, 32 << 20, 8 << 20
 IDLE, IDLE_SPEAKS_EVERY_S = 200, 10.0
+IDLE_FOR_S = 90.0  # well within drain_timeout_s: a reload must not cost one
 STALLED, STALLED_BYTES, STALLED_FOR_S = 4, 8 << 20, 4.0
 
 
@@ -155,12 +156,13 @@ class Load:
             await self.exchange(sock, hello, BULK_BYTES_PER_S)
 
     async def idle(self) -> None:
-        """Says something now and then, until the end."""
+        """Says something now and then, for a while."""
+        until = self.left() - self.random.uniform(0.5, 1.5) * IDLE_FOR_S
         sock, hello = await self.connect(Kind.ECHO, 0, 0, header=self.random.random() < 0.5)
         stream, expected = Stream(hello.number, up=True), Stream(hello.number, up=True)
         loop = asyncio.get_running_loop()
         with sock:
-            while self.left() > 0:
+            while self.left() > max(0.0, until):
                 await self.send(sock, stream.take(64))
                 while expected.done < stream.done:
                     data = await self.receive(sock, stream.done - expected.done)
