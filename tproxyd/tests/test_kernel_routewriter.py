@@ -88,8 +88,13 @@ def files_of(pid: int | str) -> dict[str, str]:
 
 
 def children() -> list[int]:
+    """But for a process that multiprocessing keeps, where another test has used it."""
     text = Path(f"/proc/self/task/{os.getpid()}/children").read_text()
-    return [int(pid) for pid in text.split()]
+    return [int(pid) for pid in text.split() if not _is_tracker(pid)]
+
+
+def _is_tracker(pid: str) -> bool:
+    return b"resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 # What it is asked ---------------------------------------------------------------------------------
