@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import os
 import random
-import re
 import resource
 import select
 import signal
@@ -19,10 +17,9 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from tproxyd.addr import Endpoint
 from tproxyd.config import Config, Listener, Log
@@ -34,8 +31,8 @@ from tproxyd.proc.means import Outside
 from tproxyd.proc.reconciler import Kernel, Reconciler, Report, Verb
 from tproxyd.proc.run_command import Command
 from tproxyd.proc.worker import WorkerSpec
+from tproxyd.tests.talker import PATIENCE_S, Talker
 
-PATIENCE_S = 10.0
 PR_SET_CHILD_SUBREAPER = 36  # include/uapi/linux/prctl.h
 
 
@@ -300,7 +297,7 @@ def free_port() -> int:
     raise AssertionError
 
 
-class Daemon:
+class Daemon(Talker):
     def __init__(
         self,
         entry: Callable[[WorkerSpec], None] = worker,
@@ -323,8 +320,8 @@ class Daemon:
             ),
             **settings,  # type: ignore[arg-type]
         )
-        self.lines: list[str] = []
-        self._unread = b""
+        super().__init__()
+        self.admin_port = self.config.admin.port if self.config.admin else 0
         read, write = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
@@ -380,34 +377,6 @@ class Daemon:
             os.waitpid(self.pid, 0)
         os.close(self.stderr)
 
-    # What it says
-
-    def wait_line(self, pattern: str) -> str:
-        """The next line of any of its processes that matches; those before it are read over."""
-        for line in self._read():
-            if re.search(pattern, line):
-                return line
-        raise AssertionError(f"ended without {pattern!r}:\n" + "\n".join(self.lines))
-
-    def rest(self) -> list[str]:
-        """What is said until every process is gone."""
-        return list(self._read())
-
-    def _read(self) -> Iterator[str]:
-        deadline = time.monotonic() + PATIENCE_S
-        while True:
-            while b"\n" in self._unread:
-                line, _, self._unread = self._unread.partition(b"\n")
-                self.lines.append(line.decode())
-                yield self.lines[-1]
-            left = deadline - time.monotonic()
-            ready, _, _ = select.select([self.stderr], (), (), max(0, left))
-            assert ready, f"no such line in {PATIENCE_S} s:\n" + "\n".join(self.lines)
-            data = os.read(self.stderr, 65536)
-            if not data:
-                return
-            self._unread += data
-
     def wait_ready(self) -> Daemon:
         self.wait_line(r"tproxyd: ready in \d+ ms")
         return self
@@ -436,22 +405,6 @@ class Daemon:
         """The pid of the worker that answers a connection."""
         with self.connect() as client:
             return int(b"".join(iter(lambda: client.recv(100), b"")))
-
-    def get(self, path: str) -> tuple[int, str]:
-        assert self.config.admin is not None
-        with socket.create_connection(self.config.admin, timeout=PATIENCE_S) as client:
-            client.sendall(f"GET {path} HTTP/1.1\r\n\r\n".encode())
-            head, _, body = (
-                b"".join(iter(lambda: client.recv(65536), b"")).decode().partition("\r\n\r\n")
-            )
-        return int(head.split()[1]), body
-
-    def status(self) -> dict[str, Any]:
-        return dict(json.loads(self.get("/status")[1]))
-
-    def metric(self, name: str) -> float:
-        (line,) = re.findall(rf"^{re.escape(name)} (.*)$", self.get("/metrics")[1], re.MULTILINE)
-        return float(line)
 
     def wait_readyz(self, code: int) -> str:
         deadline = time.monotonic() + PATIENCE_S

@@ -5,23 +5,19 @@ Nothing of it needs a privilege, and its workers are the real ones.
 
 from __future__ import annotations
 
-import json
 import os
-import re
-import select
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
 
-from tproxyd.tests.daemons import PATIENCE_S, free_port
+from tproxyd.tests.daemons import free_port
+from tproxyd.tests.talker import PATIENCE_S, Talker
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -66,26 +62,25 @@ class Echo:
                 sock.sendall(data)
 
 
-class Program:
+class Program(Talker):
     """`with Program(config) as program`, from its start until every process of it is gone."""
 
     def __init__(
         self, config: str, *options: str, environment: dict[str, str] | None = None
     ) -> None:
         """`config` may say PORT and ADMIN, each a free port."""
-        self.port, self.admin = free_port(), free_port()
+        super().__init__()
+        self.port, self.admin_port = free_port(), free_port()
         self._config, self._options = config, options
         self._environment = environment or {}
         self._exit = ExitStack()
-        self._unread = b""
-        self.lines: list[str] = []
 
     def __enter__(self) -> Program:
         self.scratch = Path(self._exit.enter_context(tempfile.TemporaryDirectory()))
         self.file = self.scratch / "tproxyd.toml"
         self.write(self._config)
-        self._read, self._write = os.pipe()
-        self._exit.callback(os.close, self._read)
+        self.stderr, self._write = os.pipe()
+        self._exit.callback(os.close, self.stderr)
         self._sessions: list[subprocess.Popen[bytes]] = []
         self._start([])
         return self
@@ -129,41 +124,18 @@ class Program:
         self._exit.close()
 
     def write(self, config: str) -> None:
-        text = config.replace("PORT", str(self.port)).replace("ADMIN", str(self.admin))
+        text = config.replace("PORT", str(self.port)).replace("ADMIN", str(self.admin_port))
         self.file.write_text(text)
 
     # What it says
-
-    def wait_line(self, pattern: str) -> str:
-        """The next line that matches; those before it are read over."""
-        for line in self._said():
-            if re.search(pattern, line):
-                return line
-        raise AssertionError(f"ended without {pattern!r}:\n" + "\n".join(self.lines))
 
     def wait_ready(self) -> Program:
         self.wait_line(r"ready in \d+ ms")
         return self
 
     def rest(self) -> list[str]:
-        """What is said until every process is gone."""
         self.no_more_of_it()
-        return list(self._said())
-
-    def _said(self) -> Iterator[str]:
-        deadline = time.monotonic() + PATIENCE_S
-        while True:
-            while b"\n" in self._unread:
-                line, _, self._unread = self._unread.partition(b"\n")
-                self.lines.append(line.decode())
-                yield self.lines[-1]
-            left = deadline - time.monotonic()
-            ready, _, _ = select.select([self._read], (), (), max(0, left))
-            assert ready, f"no such line in {PATIENCE_S} s:\n" + "\n".join(self.lines)
-            data = os.read(self._read, 65536)
-            if not data:
-                return
-            self._unread += data
+        return super().rest()
 
     # What one can do to it
 
@@ -172,20 +144,6 @@ class Program:
 
     def connect(self, port: int = 0) -> socket.socket:
         return socket.create_connection(("127.0.0.1", port or self.port), timeout=PATIENCE_S)
-
-    def get(self, path: str, port: int = 0) -> tuple[int, str]:
-        with self.connect(port or self.admin) as client:
-            client.sendall(f"GET {path} HTTP/1.1\r\n\r\n".encode())
-            answer = b"".join(iter(lambda: client.recv(65536), b"")).decode()
-        head, _, body = answer.partition("\r\n\r\n")
-        return int(head.split()[1]), body
-
-    def status(self) -> dict[str, Any]:
-        return dict(json.loads(self.get("/status")[1]))
-
-    def metric(self, name: str) -> float:
-        (line,) = re.findall(rf"^{re.escape(name)} (.*)$", self.get("/metrics")[1], re.MULTILINE)
-        return float(line)
 
 
 def echoes(sock: socket.socket, word: bytes = b"hello") -> bool:

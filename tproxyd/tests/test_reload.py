@@ -195,10 +195,10 @@ def test_what_is_open_when_the_drain_deadline_passes_is_cut(echo: Echo) -> None:
 def test_the_admin_endpoint_moves(echo: Echo) -> None:
     with Program(text(echo)) as program:
         program.wait_ready()
-        old, program.admin = program.admin, free_port()
+        old, program.admin_port = program.admin_port, free_port()
         program.write(text(echo))
         program.signal(signal.SIGHUP)
-        program.wait_line(f"admin endpoint: http://127.0.0.1:{program.admin}/")
+        program.wait_line(f"admin endpoint: http://127.0.0.1:{program.admin_port}/")
         program.wait_line("reloaded in")
         assert program.get("/livez") == (200, "ok\n")
         with pytest.raises(ConnectionRefusedError):

@@ -23,7 +23,6 @@ from tproxyd.proc import generation, reconciler, run_command
 from tproxyd.proc.reconciler import Kernel, Report, Verb
 from tproxyd.proc.run_command import Command, User, user
 from tproxyd.tests.daemons import (
-    PATIENCE_S,
     PR_SET_CHILD_SUBREAPER,
     Daemon,
     crashes_at_start,
@@ -32,6 +31,7 @@ from tproxyd.tests.daemons import (
     refuses_install,
     tells_verbs,
 )
+from tproxyd.tests.talker import PATIENCE_S
 
 root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
 

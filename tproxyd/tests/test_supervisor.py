@@ -17,7 +17,6 @@ from tproxyd.addr import Endpoint
 from tproxyd.config import Log
 from tproxyd.proc import generation, reconciler, watchdog
 from tproxyd.tests.daemons import (
-    PATIENCE_S,
     PR_SET_CHILD_SUBREAPER,
     Daemon,
     Systemd,
@@ -31,6 +30,7 @@ from tproxyd.tests.daemons import (
     sound_once,
     tells_its_files,
 )
+from tproxyd.tests.talker import PATIENCE_S
 
 
 @pytest.fixture(autouse=True)

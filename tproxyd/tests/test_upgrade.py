@@ -20,8 +20,8 @@ import pytest
 
 from tproxyd.proc import systemd
 from tproxyd.proc import upgrade as upgrading
-from tproxyd.tests.daemons import PATIENCE_S
 from tproxyd.tests.programs import ROOT, Echo, Program, echoes
+from tproxyd.tests.talker import PATIENCE_S
 from tproxyd.tests.test_reload import text
 
 
@@ -74,7 +74,7 @@ def test_the_old_process_holds_nothing_of_the_new_ones(program: Upgradable) -> N
         assert echoes(sock)
         new = upgrade(program)
         program.signal(signal.SIGKILL, new)
-        for port in (program.port, program.admin):
+        for port in (program.port, program.admin_port):
             deadline = time.monotonic() + PATIENCE_S
             while not is_free(port):
                 assert time.monotonic() < deadline, f"port {port} is still taken"

@@ -20,7 +20,8 @@ from tproxyd.addr import Endpoint
 from tproxyd.config import HealthCheck, Listener
 from tproxyd.proc import generation, prober, reconciler, supervisor, upstreams, watchdog
 from tproxyd.proc.worker import WorkerSpec
-from tproxyd.tests.daemons import PATIENCE_S, Daemon, free_port, hear, say
+from tproxyd.tests.daemons import Daemon, free_port, hear, say
+from tproxyd.tests.talker import PATIENCE_S
 
 APP = Endpoint("app.example", 80)
 OFTEN = HealthCheck(interval_s=0.002, rise=2, fall=2)
