@@ -191,10 +191,11 @@ assert pyroute2.NetlinkError is parts.NetlinkError
 def test_nothing_is_left_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     pyroute2_that(monkeypatch, rule=does_nothing)
     before, count = files_of("self"), len(children())
-    routing = Routing()
+    routewriter.prepare()
+    routing = Routing(routewriter.prepared())
+    assert len(children()) == count + 1
+    assert routewriter.prepared() is None
     for _ in range(3):
-        routing.prepare()
-        routing.prepare()
         routing.apply(RULE)
         assert len(children()) == count + 1
         routing.close()
