@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING
 
 from tproxyd.config import Backend
 from tproxyd.errors import KernelError
-from tproxyd.kernel import xtables
+from tproxyd.kernel import routewriter, xtables
 from tproxyd.kernel.desired import Facts
 from tproxyd.kernel.firewall import Family, Firewall, Table
 from tproxyd.kernel.nft import Nft
 from tproxyd.kernel.ownership import Own
+from tproxyd.kernel.routewriter import RouteWriter
 from tproxyd.kernel.routing import Routing
 from tproxyd.kernel.state import Change, KernelState, Tables
 
@@ -39,11 +40,16 @@ LOCK_PATIENCE_S = 10.0
 class Machine:
     """The kernel of this machine, in the network namespace of the calling thread."""
 
-    def __init__(self, nft: Nft | None = None, *, adopt: bool = False) -> None:
-        """`adopt`: the chains of istio-iptables are taken for ours, whoever has made them."""
+    def __init__(
+        self, nft: Nft | None = None, *, adopt: bool = False, writer: RouteWriter | None = None
+    ) -> None:
+        """`adopt`: the chains of istio-iptables are taken for ours, whoever has made them.
+
+        `writer` is for the first `lock`.
+        """
         self._nft = nft or Nft()
         self._adopt = adopt
-        self._routing = Routing()
+        self._routing = Routing(writer)
 
     @functools.cached_property
     def _backends(self) -> dict[Backend, Iptables | Legacy]:
@@ -55,10 +61,6 @@ class Machine:
             Backend.IPTABLES_NFT: Iptables(self._nft, adopt=self._adopt),
             Backend.IPTABLES_LEGACY: Legacy(adopt=self._adopt),
         }
-
-    def prepare(self) -> None:
-        """To be called while there is time, before a `lock` in which routes are written."""
-        self._routing.prepare()
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -117,7 +119,7 @@ class Machine:
 @functools.cache
 def lasting() -> Machine:
     """One for this process, whatever the configuration: its socket may own the nft table."""
-    return Machine()
+    return Machine(writer=routewriter.prepared())
 
 
 # The lock -----------------------------------------------------------------------------------------

@@ -16,7 +16,9 @@ written does not go on paying. What is read is read without it (netlink.py).
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import importlib.util
 import json
 import os
@@ -77,6 +79,20 @@ class RouteWriter:
             return "ended"
 
 
+_ahead: list[RouteWriter] = []
+
+
+def prepare() -> None:
+    """Start one now, before anything else of tproxyd.kernel is imported: for `prepared`."""
+    with contextlib.suppress(OSError):  # the first write will say so
+        _ahead.append(RouteWriter())
+
+
+def prepared() -> RouteWriter | None:
+    """What `prepare` has started, once; whoever takes it closes it."""
+    return _ahead.pop() if _ahead else None
+
+
 # In that process ----------------------------------------------------------------------------------
 
 
@@ -86,6 +102,7 @@ def _serve(sock: socket.socket, parent: int) -> None:
     die_with_parent()
     if os.getppid() != parent:
         return
+    gc.disable()  # a tenth of the import, and it will be gone before there is much garbage
     # Imported before it is asked: who knows that a write will come has it ready by then.
     missing = ""
     try:

@@ -16,7 +16,6 @@ What is built on:
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 from collections.abc import Callable
@@ -72,15 +71,10 @@ _NO_FAMILY = (errno.EOPNOTSUPP, errno.EAFNOSUPPORT)
 class Routing:
     """The socket and the process of one reconcile, from the first use; close it."""
 
-    def __init__(self) -> None:
+    def __init__(self, writer: RouteWriter | None = None) -> None:
         self._netlink: netlink.Netlink | None = None
-        self._writer: RouteWriter | None = None
+        self._writer = writer
         self._read: tuple[list[Item], list[Item]] | None = None  # until something is changed
-
-    def prepare(self) -> None:
-        """Have ready what the first write needs, which is tens of milliseconds away."""
-        with contextlib.suppress(OSError):  # the first write will say so
-            self._writer = self._writer or RouteWriter()
 
     def close(self) -> None:
         for each in (self._netlink, self._writer):

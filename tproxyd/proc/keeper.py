@@ -53,17 +53,24 @@ POLL_S = 0.25
 LOOK_S = 5.0
 
 
-def serve(sock: socket.socket, config: Config, means: Means, wish: Verb | None = None) -> None:
+def serve(
+    sock: socket.socket,
+    config: Config,
+    means: Means,
+    wish: Verb | None = None,
+    *,
+    prepare: bool = False,
+) -> None:
     """Answer requests, and guard, until the supervisor is gone.
 
-    `wish`: what a predecessor that died was guarding, INSTALL or STOP_INTERCEPTING; or PREPARE.
+    `wish`: what a predecessor that died was guarding: INSTALL or STOP_INTERCEPTING.
     """
     name_process("tproxyd/kernel")
     take_up()  # CAP_NET_ADMIN, which is of use here only
+    if prepare:
+        means.prepare()
     keeper = Keeper(sock, config, means)
-    if wish is Verb.PREPARE:
-        keeper.prepare()
-    elif wish is not None:
+    if wish is not None:
         keeper.take_up(wish)
     keeper.run()
 
@@ -84,9 +91,6 @@ class Keeper:
         self._authors: dict[str, None] = {}
         self._trouble = ""  # why the last attempt failed
         self._pace = Pace()
-
-    def prepare(self) -> None:
-        self._kernel(Verb.PREPARE)
 
     def take_up(self, wish: Verb) -> None:
         self._guard(wish)
@@ -173,8 +177,6 @@ class Keeper:
                 return self._kernel(verb)
             case Verb.MOVE:
                 return self._move(pickle.loads(base64.b64decode(request["config"])))
-            case Verb.PREPARE:
-                return self._kernel(verb)
             case Verb.RELEASE | Verb.LEAVE:
                 if self._wish is not None:
                     self._wish = None

@@ -36,10 +36,9 @@ class Verb(StrEnum):
     MOVE = "move"  # to another configuration, or stay
     RELEASE = "release"  # keep it no longer, and leave it as it is
     LEAVE = "leave"  # the same, and end: there is no answer
-    PREPARE = "prepare"  # to install, which will be asked soon
 
 
-# What the kernel side is asked: PREPARE, INSTALL, STOP_INTERCEPTING, CHECK, CLEAN, RELEASE.
+# What the kernel side is asked: INSTALL, STOP_INTERCEPTING, CHECK, CLEAN, RELEASE.
 Kernel = Callable[[Verb], Report]
 
 
@@ -94,9 +93,6 @@ def load_kernel(config: Config) -> Kernel:
             case Verb.RELEASE:
                 world.own(Own.NOT)
                 return Report()
-            case Verb.PREPARE:
-                world.prepare()
-                return Report()
             case _:
                 raise AssertionError(verb)
         path = report.return_path or ""
@@ -105,6 +101,13 @@ def load_kernel(config: Config) -> Kernel:
         )
 
     return do
+
+
+def prepare_to_install() -> None:
+    """Let what the first install will need be loaded beside the rest. Called in the child only."""
+    from tproxyd.kernel import routewriter
+
+    routewriter.prepare()
 
 
 def load_outside() -> Outside:
@@ -116,7 +119,8 @@ def load_outside() -> Outside:
 
 @dataclass(frozen=True, slots=True)
 class Means:
-    """Both, by how they are made."""
+    """Both, by how they are made; and what is done ahead of that where install will be asked."""
 
     kernel: Callable[[Config], Kernel] = load_kernel
     outside: Callable[[], Outside] = load_outside
+    prepare: Callable[[], None] = prepare_to_install

@@ -111,12 +111,12 @@ class Reconciler:
         `prepare`: install is what will be asked, and what that imports runs beside it, too.
         """
         ours, theirs = socket.socketpair()
-        config, given = self._config, self._means
-        wish = Verb.PREPARE if prepare else self._wish
+        config, given, wish = self._config, self._means, self._wish
         with theirs:
             try:
                 self._pid = child.fork(
-                    lambda: keeper.serve(theirs, config, given, wish), keep=(theirs.fileno(),)
+                    lambda: keeper.serve(theirs, config, given, wish, prepare=prepare),
+                    keep=(theirs.fileno(),),
                 )
             except BaseException:
                 ours.close()

@@ -26,6 +26,7 @@ from tproxyd.kernel import routewriter
 from tproxyd.kernel.routewriter import Lost, RouteWriter
 from tproxyd.kernel.routing import Routing
 from tproxyd.kernel.state import Change, PolicyRule, Route, Stage
+from tproxyd.tests.alarms import nothing_blocks
 
 RULE = Change(Stage.ADD_RULE, None, PolicyRule(4, 1337, 0x539, 0xFFF, 133, 135))
 ROUTE = Change(Stage.ADD_ROUTE, None, Route(4, 133, 135, "default"))
@@ -66,6 +67,13 @@ def does_nothing(*_: object, **__: object) -> tuple[object, ...]:
 
 def dies(*_: object, **__: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture(autouse=True)
+def _in_time() -> Iterator[None]:
+    """A process that does not end would be waited for for ever."""
+    with nothing_blocks(30.0):
+        yield
 
 
 @pytest.fixture
@@ -188,10 +196,11 @@ assert pyroute2.NetlinkError is parts.NetlinkError
 def test_nothing_is_left_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     pyroute2_that(monkeypatch, rule=does_nothing)
     before, count = files_of("self"), len(children())
-    routing = Routing()
+    routewriter.prepare()
+    routing = Routing(routewriter.prepared())
+    assert len(children()) == count + 1
+    assert routewriter.prepared() is None
     for _ in range(3):
-        routing.prepare()
-        routing.prepare()
         routing.apply(RULE)
         assert len(children()) == count + 1
         routing.close()

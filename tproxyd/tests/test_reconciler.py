@@ -165,6 +165,25 @@ def test_many_who_ask_cause_one_look(monkeypatch: pytest.MonkeyPatch) -> None:
         assert answers == {"kernel state: drift; to do: look 1\n"}
 
 
+@pytest.mark.parametrize("prepare", [True, False])
+def test_what_the_first_install_needs_is_loaded_ahead_of_all_else(
+    monkeypatch: pytest.MonkeyPatch, *, prepare: bool
+) -> None:
+    done = []
+
+    def load(_config: Config) -> Kernel:
+        done.append("load")
+        return lambda _: Report()
+
+    monkeypatch.setattr(keeper, "name_process", lambda _name: None)
+    ours, theirs = socket.socketpair()
+    with theirs:
+        ours.close()
+        means = Means(load, Quiet, lambda: done.append("prepare"))
+        keeper.serve(theirs, Config(), means, prepare=prepare)
+    assert done == ["prepare", "load"][not prepare :]
+
+
 def test_a_library_that_is_gone_meanwhile_is_an_error_that_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
