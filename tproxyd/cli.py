@@ -141,10 +141,10 @@ def reload(args: argparse.Namespace) -> int:
 
 
 def upgrade(args: argparse.Namespace) -> int:
-    from tproxyd.proc.ask import ask, name_of
+    from tproxyd.proc.ask import ask, the_one
 
     config = read_config(args.config)
-    print(ask(name_of(config), {"verb": "upgrade"}, _CHANGE_TIMEOUT_S)["said"])
+    print(ask(the_one(config), {"verb": "upgrade"}, _CHANGE_TIMEOUT_S)["said"])
     return FINE
 
 

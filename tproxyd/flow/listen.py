@@ -41,6 +41,7 @@ def open_listeners(config: Config) -> list[tuple[int, socket.socket]]:
     try:
         for i, where in places(config):
             opened.append((i, open_at(config, i, where)))
+            opened[-1][1].listen(BACKLOG)
     except BaseException:
         for _, sock in opened:
             sock.close()
@@ -48,12 +49,12 @@ def open_listeners(config: Config) -> list[tuple[int, socket.socket]]:
     return opened
 
 
-def places(config: Config) -> list[tuple[int, Endpoint]]:
+def places(config: Config, *, ipv6: bool = False) -> list[tuple[int, Endpoint]]:
     """Where to listen: (index of the listener in config, address), IPv4 first.
 
-    IPv6 is left out where the machine has none.
+    IPv6 is left out where the machine has none; `ipv6` says that it has.
     """
-    families = [socket.AF_INET, *([socket.AF_INET6] if has_ipv6() else [])]
+    families = [socket.AF_INET, *([socket.AF_INET6] if ipv6 or has_ipv6() else [])]
     return [
         (i, _where(listener, family))
         for i, listener in enumerate(config.listeners)
@@ -90,10 +91,16 @@ def has_ipv6() -> bool:
 
 
 def open_at(config: Config, index: int, where: Endpoint) -> socket.socket:
-    """A listening socket of config.listeners[index]; KernelError that says what to try."""
+    """A socket for config.listeners[index], bound and not listening yet.
+
+    KernelError that says what to try.
+    """
     listener = config.listeners[index]
     family = _family(where.host)
-    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    except OSError as error:
+        raise _failure(error, listener, config, where) from error
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -101,7 +108,6 @@ def open_at(config: Config, index: int, where: Endpoint) -> socket.socket:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         _set_options(sock, listener, config)
         sock.bind(where)
-        sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
         raise _failure(error, listener, config, where) from error
@@ -109,10 +115,12 @@ def open_at(config: Config, index: int, where: Endpoint) -> socket.socket:
 
 
 def prepare(sock: socket.socket, config: Config, index: int) -> None:
-    """Make a socket that listens already what `open_at` would make it. KernelError."""
+    """Have it listen, and be what `open_at` would make it. KernelError."""
     listener = config.listeners[index]
     try:
         _set_options(sock, listener, config)
+        if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            sock.listen(BACKLOG)
     except OSError as error:
         raise _failure(error, listener, config, endpoint(sock.getsockname())) from error
 

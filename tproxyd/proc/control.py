@@ -40,7 +40,11 @@ class Control:
             return
         kind = word.partition(" ")[0]
         self._forget(each for each in self._unsaid if each.word.partition(" ")[0] == kind)
-        self._unsaid.append(_Unsaid(word, () if fd is None else (os.dup(fd),)))
+        try:
+            self._unsaid.append(_Unsaid(word, () if fd is None else (os.dup(fd),)))
+        except OSError as error:  # no more files
+            log.error("a worker can't be told %s: %s", kind, error.strerror)
+            return
         self._send()
 
     def read(self) -> None:

@@ -93,6 +93,7 @@ class Generation:
         access_log: AccessLog,
         files: int,
         heard: Callable[[int, str], bool],
+        before: Generation | None = None,
     ) -> None:
         """`listeners` of each slot; `access_log` is its own; `files` a process may have open.
 
@@ -103,7 +104,9 @@ class Generation:
         self.number, self.config = number, config
         self.slots = [Slot(i, each) for i, each in enumerate(listeners)]
         self.page = counters.Page(Layout(config), len(listeners))
-        self.upstreams = Upstreams(config, self.tell)
+        known: Upstreams | None = None if before is None else before.upstreams
+        self.upstreams: Upstreams = Upstreams(config, self.tell, known)
+        self._waits = False
         self.restarts = 0
         self.leaving = False
         self.gone = asyncio.Event()  # leaving, and no worker is left
@@ -123,9 +126,15 @@ class Generation:
         """
         await first_of(seconds, self.upstreams.known, stop)
 
-    def fork(self) -> None:
+    def fork(self, *, wait: bool = False) -> None:
+        """Start its workers; where they are to `wait`, nobody is accepted before `serve`."""
+        self._waits = wait
         for slot in self.slots:
             self._fork_worker(slot)
+
+    def serve(self) -> None:
+        self._waits = False
+        self.tell("serve")
 
     async def started(self) -> None:
         """Until every worker is ready; KernelError when one fails."""
@@ -148,7 +157,12 @@ class Generation:
         from tproxyd.proc.worker import WorkerSpec  # see supervisor.serve
 
         slot.restart = None
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        slot.births += 1
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as error:  # no more files
+            self._replace(slot, f"can't be forked: {error.strerror}")
+            return
         spec = WorkerSpec(
             config=self.config,
             slot=slot.number,
@@ -158,11 +172,11 @@ class Generation:
             access_log=self.access_log.fd,
             upstreams=self.upstreams.picture,
             clients=self._clients,
+            waits=self._waits,
         )
         keep = [theirs.fileno(), *(sock.fileno() for _, sock in slot.listeners)]
         if self.access_log.fd is not None:
             keep.append(self.access_log.fd)
-        slot.births += 1
         slot.started_at = time.monotonic()
         slot.started = datetime.now(UTC).isoformat(timespec="seconds")
         slot.last_words = ""

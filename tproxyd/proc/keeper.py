@@ -146,7 +146,7 @@ class Keeper:
                 answer = {"error": ["load what writes to the kernel", str(error), again]}
             if verb is Verb.LEAVE:
                 return False
-            self._say(answer)
+            self._say({**answer, "n": request["n"]})
         return True
 
     def _say(self, what: Mapping[str, object]) -> None:

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 
 from tproxyd.addr import Endpoint, is_name
-from tproxyd.config import Config
+from tproxyd.config import Config, Listener
 
 Picture = dict[int, tuple[Endpoint, ...]]
 
@@ -53,23 +53,46 @@ class Facts:
     complete: bool = True  # every name was tried, and everything that is checked was checked
 
 
-def initial(config: Config) -> Facts:
-    """What the configuration alone says. Complete where it leaves nothing to find out."""
+def initial(config: Config, before: tuple[Config, Facts] | None = None) -> Facts:
+    """What the configuration alone says. Complete where it leaves nothing to find out.
+
+    What was known `before` a reload goes on: a name that can't be resolved just then keeps its
+    addresses, what was down is not tried by clients first, and no count goes back.
+    """
     lists = {i: each for i, each in enumerate(config.listeners) if each.upstream}
+    known = _known(*before) if before is not None else {}
     return Facts(
         entries={
-            i: tuple(
-                Entry(each, error=NOT_YET) if is_name(each) else Entry(each, (Address(each),))
-                for each in listener.upstream
-            )
+            i: tuple(_entry(each, listener, known) for each in listener.upstream)
             for i, listener in lists.items()
         },
-        failures=dict.fromkeys(lists, 0),
+        failures={i: known.get(listener.name, ({}, 0))[1] for i, listener in lists.items()},
         complete=not any(
             listener.health_check.interval_s or any(map(is_name, listener.upstream))
             for listener in lists.values()
         ),
     )
+
+
+_Known = dict[str, tuple[dict[Endpoint, Entry], int]]  # by the name of the listener; its failures
+
+
+def _known(config: Config, facts: Facts) -> _Known:
+    return {
+        config.listeners[i].name: ({each.upstream: each for each in entries}, facts.failures[i])
+        for i, entries in facts.entries.items()
+    }
+
+
+def _entry(upstream: Endpoint, listener: Listener, known: _Known) -> Entry:
+    entry = known.get(listener.name, ({}, 0))[0].get(upstream)
+    if entry is None:
+        if is_name(upstream):
+            return Entry(upstream, error=NOT_YET)
+        return Entry(upstream, (Address(upstream),))
+    if listener.health_check.interval_s:
+        return entry
+    return replace(entry, addresses=tuple(Address(each.where) for each in entry.addresses))
 
 
 def picture(facts: Facts) -> Picture:

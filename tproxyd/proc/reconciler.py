@@ -94,6 +94,7 @@ class Reconciler:
         self._reading = False
         self._unread = b""
         self._answer: asyncio.Future[dict[str, Any]] | None = None
+        self._number = 0  # of the last request; its answer has it too
         self._wish: Verb | None = None  # what is guarded
         self._forked_at, self._pause = 0.0, 0.0
         self._again: asyncio.TimerHandle | None = None
@@ -157,7 +158,7 @@ class Reconciler:
         self._wish = None
         if self._sock is not None:
             with contextlib.suppress(OSError):  # it is dead, or hangs
-                self._sock.send(_request(Verb.LEAVE))
+                self._sock.send(_request(Verb.LEAVE, 0))
         self._forget()
 
     def _forget(self) -> None:
@@ -280,32 +281,31 @@ class Reconciler:
     async def _ask(self, verb: Verb, config: Config | None = None) -> dict[str, Any]:
         async with self._lock:
             try:
-                if not self._pid:
+                if self._sock is None or not self._pid:
                     self._forget()
                     self.fork()
                 async with asyncio.timeout(REQUEST_TIMEOUT_S):
-                    answer = await self._exchange(_request(verb, config))
+                    answer = await self._exchange(verb, config)
             except TimeoutError:
-                if self._pid:
+                if self._pid:  # `reaped` sees to what comes next
                     os.kill(self._pid, signal.SIGKILL)
-                self._forget()
                 why = f"no answer within {REQUEST_TIMEOUT_S:g} s"
                 raise KernelError(_ACTIONS[verb], why, "try tproxyd doctor") from None
             except OSError as error:
-                self._forget()
                 why = error.strerror or str(error)
                 raise KernelError(_ACTIONS[verb], why, "try tproxyd doctor") from error
         if "error" in answer:
             raise KernelError(*answer["error"])
         return answer
 
-    async def _exchange(self, line: bytes) -> dict[str, Any]:
+    async def _exchange(self, verb: Verb, config: Config | None) -> dict[str, Any]:
         assert self._sock is not None
         self._listen()
         loop = asyncio.get_running_loop()
         self._answer = loop.create_future()
+        self._number += 1
         try:
-            await loop.sock_sendall(self._sock, line)
+            await loop.sock_sendall(self._sock, _request(verb, self._number, config))
             return await self._answer
         finally:
             self._answer = None
@@ -336,12 +336,14 @@ class Reconciler:
             said = json.loads(line)
             if "news" in said:
                 self._news(said)
+            elif said["n"] != self._number:
+                continue  # of a request that nobody waits for any more
             elif self._answer is not None and not self._answer.done():
                 self._answer.set_result(said)
 
 
-def _request(verb: Verb, config: Config | None = None) -> bytes:
-    request = {"verb": str(verb)}
+def _request(verb: Verb, number: int, config: Config | None = None) -> bytes:
+    request: dict[str, object] = {"verb": str(verb), "n": number}
     if config is not None:  # both ends are this very program
         request["config"] = base64.b64encode(pickle.dumps(config)).decode()
     return json.dumps(request).encode() + b"\n"

@@ -30,7 +30,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING
@@ -89,10 +89,13 @@ class Supervisor:
         self._command, self._reread, self._keep_sockets = command, reread, keep_sockets
         self._worker = worker
         self._inheritance = inheritance or upgrade.Inheritance()
+        self._lent = list(self._inheritance.listeners)
+        self._on_trial = self._inheritance.predecessor is not None  # which goes on if we fail
         self._sockets = Sockets(listening, self._inheritance.listeners, store=keep_sockets)
         self._generation: Generation | None = None  # the one that serves
         self._watchdog = Watchdog(lambda: self._serving().ready(), kill_hung)
         self._born = 0
+        self._coming: Generation | None = None  # of a reload that is under way
         self._retired: dict[Generation, asyncio.Task[None]] = {}
         self._totals = counters.Totals()
         self._losses = Losses()
@@ -107,7 +110,7 @@ class Supervisor:
         self._changes: set[asyncio.Task[str]] = set()
         self._reload: status.ReloadPart = {"done": 0, "failed": 0, "last": "", "error": ""}
         self._successor: upgrade.Successor | None = None
-        self._handed_over = False
+        self._handed_over = self._to_take_back = False
         self._ready = False
         self._installed = False
         self._stop = asyncio.Event()  # the first SIGTERM or SIGINT
@@ -153,6 +156,8 @@ class Supervisor:
         if (self._install or self._guard) and self._inheritance.predecessor is None:
             await self._kernel.claim()
         generation = self._generation = self._beget(self._config)
+        if not self._on_trial:
+            self._sockets.commit()
         self._tasks.append(self._loop.create_task(self._answers.history.run()))
         endpoints = self._endpoints = self._open_endpoints(self._config, self._inheritance.admin)
         if self._inheritance.predecessor is None:
@@ -160,20 +165,26 @@ class Supervisor:
         await generation.known(FIRST_S, self._stop)
         if self._stop.is_set():
             return
-        generation.fork()
+        generation.fork(wait=self._on_trial)
         workers = f"{len(generation.slots)} worker{'s' if len(generation.slots) > 1 else ''}"
         log.info("version %s, pid %d, %s", __version__, os.getpid(), workers)
         self._describe(generation)
         await generation.started()
         if self._stop.is_set():
             return
-        await self._inheritance.take_over()
+        if self._on_trial:
+            self._on_trial = await self._inheritance.take_over()
+            if self._stop.is_set():
+                return
+            self._sockets.commit()
+            generation.serve()
         await endpoints.serve()
         self._installed = self._install  # from here on there may be something to remove
         await self._keep_kernel()
-        self._sockets.settle(self._config)
         self._ready = True
         self._inheritance.settled()
+        self._on_trial = False
+        self._sockets.settle()
         systemd.notify("READY=1", "STATUS=Serving")
         log.info("ready in %d ms", age_ms())
         self._tasks.append(self._loop.create_task(self._watch_kernel()))
@@ -203,6 +214,7 @@ class Supervisor:
             access_log,
             self._files,
             heard=self._heard,
+            before=self._generation,
         )
         self._totals.add(generation.page)
         generation.upstreams.start()
@@ -244,6 +256,8 @@ class Supervisor:
 
     async def _watch_kernel(self) -> None:
         while True:
+            if self._to_take_back:
+                await self._take_back()
             await self._kernel.check()
             await asyncio.sleep(CHECK_EVERY_S)
 
@@ -272,6 +286,14 @@ class Supervisor:
 
         self._make(run)
 
+    @contextlib.asynccontextmanager
+    async def _alone(self, what: str) -> AsyncIterator[None]:
+        """One change at a time, and none once there is to be a stop."""
+        async with self._changing:
+            if self._stop.is_set():
+                raise KernelError(what, "the daemon is stopping", "start it again")
+            yield
+
     def _make(self, change: Change) -> asyncio.Task[str]:
         task = asyncio.ensure_future(change())
         self._changes.add(task)
@@ -295,10 +317,10 @@ class Supervisor:
 
         ConfigError or KernelError when it can't be: then the old one goes on.
         """
-        async with self._changing:
+        async with self._alone("reload"):
             self._reload["last"] = datetime.now(UTC).isoformat(timespec="seconds")
             try:
-                said = await self._reloaded()
+                said = await _no_os_error("reload", self._reloaded)
             except TproxydError as error:
                 self._reload["failed"] += 1
                 self._reload["error"] = str(error)
@@ -322,26 +344,35 @@ class Supervisor:
         try:
             if config.admin != old.config.admin:
                 endpoints = self._open_endpoints(config)
-            new = self._beget(config)
+            new = self._coming = self._beget(config)
             await new.known(FIRST_S, self._stop)
-            new.fork()
+            new.fork(wait=True)
             await new.started()
+            self._sockets.commit()
+            new.serve()
             for note in (await self._kernel.move(config)).notes:
                 log.info("%s", note)
         except BaseException:
+            self._coming = None
             if new is not None:
                 self._retire(new, before, "reload")
-            self._sockets.go_back(old.config, before)
+            self._go_back()
             if endpoints is not None:
                 await endpoints.finish()
             raise
-        self._generation = new
-        self._sockets.settle(config)
+        self._generation, self._coming = new, None
+        self._sockets.settle()
         self._retire(old, self._sockets.all(), "reload")
         if endpoints is not None:
             await self._move_to(endpoints)
         self._describe(new)
         return f"reloaded in {(time.monotonic() - began) * 1000:.0f} ms"
+
+    def _go_back(self) -> None:
+        try:
+            self._sockets.go_back()
+        except KernelError as error:
+            log.error("%s", error)
 
     async def _move_to(self, endpoints: Endpoints) -> None:
         old, self._endpoints = self._endpoints, endpoints
@@ -359,9 +390,9 @@ class Supervisor:
 
         KernelError when that fails: then this process goes on.
         """
-        async with self._changing:
+        async with self._alone("upgrade"):
             try:
-                said = await self._upgraded()
+                said = await _no_os_error("upgrade", self._upgraded)
             except KernelError as error:
                 log.error("%s", error)
                 raise
@@ -387,6 +418,7 @@ class Supervisor:
                 await successor.takes_over()
         except BaseException as error:
             successor.dismiss()
+            self._tasks.append(self._loop.create_task(successor.is_gone()))
             await self._take_back()
             if isinstance(error, TimeoutError):
                 why = f"the new process is not done after {upgrade.UPGRADE_TIMEOUT_S:g} s"
@@ -399,13 +431,15 @@ class Supervisor:
         return f"process {successor.pid} serves from here on"
 
     async def _take_back(self) -> None:
-        """What was let go for a successor that came to nothing."""
+        """What was let go for a successor that came to nothing; again later, where that fails."""
         assert self._endpoints is not None
+        self._to_take_back = False
         for again in (self._keep_kernel, self._endpoints.serve):
             try:
                 await again()
-            except KernelError as error:
+            except (KernelError, OSError) as error:
                 log.error("%s", error)
+                self._to_take_back = True
 
     def _serving(self) -> Generation:
         assert self._generation is not None, "changes wait for the start"
@@ -442,8 +476,8 @@ class Supervisor:
 
     def _generations(self) -> list[Generation]:
         """The serving one first."""
-        serving = [] if self._generation is None else [self._generation]
-        return [*serving, *(each for each in self._retired if each not in serving)]
+        first = [each for each in (self._generation, self._coming) if each is not None]
+        return [*first, *(each for each in self._retired if each not in first)]
 
     # Stop ---------------------------------------------------------------------------------------
 
@@ -466,8 +500,9 @@ class Supervisor:
         await asyncio.gather(*self._changes, return_exceptions=True)
         for task in self._tasks:
             task.cancel()
-        installed = self._installed and not self._handed_over
-        if not self._handed_over:
+        others = self._handed_over or self._on_trial  # kernel state, sockets and unit are another's
+        installed = self._installed and not others
+        if not others:
             systemd.notify("STOPPING=1", "STATUS=Draining")
         failure = None
         if installed:
@@ -502,6 +537,9 @@ class Supervisor:
             self._sockets.close()
             if self._endpoints is not None and self._endpoints.socket is not None:
                 self._endpoints.socket.close()
+        elif self._on_trial:
+            self._retire(generation, self._lent, "upgrade")
+            return  # who goes on takes back now what we had taken over
         elif self._keep_sockets:
             self._retire(generation, keep, "stop")
             return  # who is the next to serve should not have to wait for them
@@ -516,16 +554,26 @@ class Supervisor:
         return Standing(phase, self._generations(), self._restarts, self._reload)
 
 
+async def _no_os_error(what: str, change: Change) -> str:
+    """The kernel may refuse at any of its calls: no more files, say."""
+    try:
+        return await change()
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise KernelError(what, why, "what was before goes on; see tproxyd status") from error
+
+
 def _check_change(old: Config, new: Config) -> None:
-    """ConfigError for what open connections depend on: their packets would not find home."""
+    """ConfigError for what can't change: above all, how packets of open connections find home."""
     fixed = (
         ("mark", old.mark, new.mark),
         ("rules.backend", old.rules.backend, new.rules.backend),
         ("rules.scheme", old.rules.scheme, new.rules.scheme),
         ("rules.return_path", old.rules.return_path, new.rules.return_path),
+        ("log.daemon_format", old.log.daemon_format, new.log.daemon_format),
     )
     problems = tuple(
-        Problem(path, f"is {was} while connections are open; a restart changes it to {wish}")
+        Problem(path, f"stays {was} as long as this process runs; a restart makes it {wish}")
         for path, was, wish in fixed
         if was != wish
     )

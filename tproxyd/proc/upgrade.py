@@ -11,7 +11,7 @@ those that Cloudflare's tableflip makes:
 2. The successor has time to prepare. It reads its configuration, starts its workers and only then
    asks for the rest; up to there, and in between, the predecessor serves.
 3. A successor that fails on the way does no harm: it says why, or just dies, and the predecessor
-   takes back what it had let go.
+   takes back what it had let go. Until it is told to have worked, it leaves alone what it was lent.
 4. One upgrade at a time.
 
 The listening sockets are never closed, so nothing in an accept queue is lost; both serve them while
@@ -43,6 +43,8 @@ from tproxyd.proc import systemd
 
 # For all of the successor's start: names are waited for 3 s, workers 10 s, the kernel state 10 s.
 UPGRADE_TIMEOUT_S = 30.0
+# A successor that is dismissed has nothing to drain, and ends at once.
+DISMISSED_S = 5.0
 NAME = "predecessor"
 ADMIN = "admin"
 LISTENER = "listener"
@@ -80,20 +82,20 @@ class Successor:
 
     def __init__(self, files: Sequence[tuple[str, socket.socket]]) -> None:
         """`files` with their names. KernelError when there can be no more processes."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        told, tell = os.pipe()
-        with theirs, open(told, "rb") as number:
-            given = [*files, (NAME, theirs)]
-            keep = [tell, *(sock.fileno() for _, sock in given)]
+        with contextlib.ExitStack() as stack:
             try:
-                self.parent = child.fork(lambda: _stand_between(given, tell), keep)
-                os.close(tell)
+                ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                stack.callback(theirs.close)
+                told, tell = os.pipe()
+                number = stack.enter_context(open(told, "rb"))
+                given = [*files, (NAME, theirs)]
+                with open(tell, "wb"):
+                    keep = [tell, *(sock.fileno() for _, sock in given)]
+                    self.parent = child.fork(lambda: _stand_between(given, tell), keep)
                 self.pid = int(number.read() or b"0")
             except OSError as error:
-                os.close(tell)
-                ours.close()
                 why = (error.strerror or str(error)).lower()
-                hint = "allow more processes or memory"
+                hint = "allow more processes, files or memory"
                 raise KernelError("start the new process", why, hint) from error
         self._channel = Channel(ours)
         self.gone = asyncio.Event()
@@ -127,6 +129,15 @@ class Successor:
         if self.pid and not self.gone.is_set():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGTERM)
+
+    async def is_gone(self) -> None:
+        """Dismissed: until it has ended, by SIGKILL where it does not hear."""
+        try:
+            async with asyncio.timeout(DISMISSED_S):
+                await self.gone.wait()
+        except TimeoutError:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
 
     def close(self) -> None:
         """It serves, and is no descendant of ours any more when this returns."""
@@ -214,20 +225,24 @@ class Inheritance:
             else:
                 sock.close()
 
-    async def take_over(self) -> None:
-        """Our workers accept: from here on kernel state and endpoints are ours.
+    async def take_over(self) -> bool:
+        """Our workers can accept: kernel state and endpoints may be ours; whether somebody waits
+        to hear how that goes.
 
         KernelError when the predecessor has thought better of it. One that is gone has nothing
         left to let go of.
         """
         if self.predecessor is None:
-            return
+            return False
         self.predecessor.say(_READY)
-        async with asyncio.timeout(UPGRADE_TIMEOUT_S):
-            heard = await self.predecessor.hear()
+        heard = _NO
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(UPGRADE_TIMEOUT_S):
+                heard = await self.predecessor.hear()
         if heard not in (_YOURS, ""):
             why = "the process that is to be replaced says no"
             raise KernelError("take over", why, "see its log; it goes on")
+        return heard == _YOURS
 
     def settled(self, failure: Exception | None = None) -> None:
         """The predecessor learns how it went."""

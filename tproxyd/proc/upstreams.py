@@ -31,10 +31,17 @@ SOUND_S, PAUSE_S = 1.0, 1.0
 class Upstreams:
     """`changed` is called with each new picture, as the word for a worker's control socket."""
 
-    def __init__(self, config: Config, changed: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        changed: Callable[[str], None],
+        before: Upstreams | None = None,
+    ) -> None:
+        """`before`: those of the configuration that this one replaces."""
         self._config, self._changed = config, changed
         self._names = [each.name for each in config.listeners]
-        self._facts = picture.initial(config)
+        known = None if before is None else (before._config, before._facts)
+        self._facts: picture.Facts = picture.initial(config, known)
         self.picture: Picture = picture.picture(self._facts)
         self.known = asyncio.Event()  # every name was tried once, and every check made once
         self._pid = 0
@@ -88,7 +95,11 @@ class Upstreams:
 
         self._restart = None
         self._started_at, self._unread = time.monotonic(), b""
-        ours, theirs = socket.socketpair()
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:  # no more files
+            self._again(f"can't be forked: {error.strerror}")
+            return
         with theirs:
             try:
                 self._pid = child.fork(

@@ -83,6 +83,7 @@ class WorkerSpec:
     # Of the listeners that have a list, the usable ones: (index in config.listeners, addresses).
     upstreams: dict[int, tuple[Endpoint, ...]] = field(default_factory=dict)
     clients: ClientTables | None = None  # where a listener has limits of a client
+    waits: bool = False  # nobody is accepted until the supervisor says "serve"
 
 
 def run(spec: WorkerSpec) -> None:
@@ -148,6 +149,7 @@ class Worker(Sockets, Counting):
         self._active = 0
         self._listening = False
         self._draining = False
+        self._waiting = spec.waits
         self._standing_back: asyncio.TimerHandle | None = None
         self._resume_accepting()
         # Stopping is the supervisor's decision. Ctrl-C and systemd signal the whole group at once,
@@ -195,7 +197,7 @@ class Worker(Sockets, Counting):
     def _resume_accepting(self) -> None:
         if self._listening or self._draining or self._active >= self._capacity:
             return
-        if self._standing_back is not None:
+        if self._waiting or self._standing_back is not None:
             return
         self._listening = True
         for door in self._doors:
@@ -265,6 +267,9 @@ class Worker(Sockets, Counting):
         verb, *words = data.decode().split(" ", 1)
         if verb == "log\n":
             self._log.use(fds)
+        elif verb == "serve\n":
+            self._waiting = False
+            self._resume_accepting()
         elif verb == "upstreams":
             for index, upstreams in json.loads(words[0]).items():
                 cluster = self._lanes[int(index)].cluster

@@ -43,14 +43,18 @@ def say(text: str) -> None:
 class OnLoopback:
     """How stand-ins listen (proc/sockets.py)."""
 
-    def places(self, config: Config) -> list[tuple[int, Endpoint]]:
+    def places(self, config: Config, *, ipv6: bool = False) -> list[tuple[int, Endpoint]]:
         return [(i, Endpoint("127.0.0.1", each.port)) for i, each in enumerate(config.listeners)]
 
     def open_at(self, config: Config, index: int, where: Endpoint) -> socket.socket:
-        return socket.create_server(where, reuse_port=True)
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.bind(where)
+        return sock
 
     def prepare(self, sock: socket.socket, config: Config, index: int) -> None:
-        pass
+        sock.listen()
 
 
 # Workers ------------------------------------------------------------------------------------------
@@ -74,7 +78,7 @@ def worker(spec: WorkerSpec) -> None:
         readable, _, _ = select.select([spec.control, *sockets], (), ())
         if spec.control in readable:
             word = hear(spec, row[layout.index(ACTIVE, spec.config.listeners[0].name)])
-            if word == watchdog.PING:
+            if word in (watchdog.PING, "serve"):
                 continue
             say(f"worker {spec.slot} hears {word or 'nobody'}")
             return

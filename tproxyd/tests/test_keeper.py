@@ -431,7 +431,7 @@ def test_move(here: Path) -> None:
 
 def ask(sock: socket.socket, verb: Verb, **config: int) -> dict[str, Any]:
     moved = dataclasses.replace(Config(), **config) if config else None  # type: ignore[arg-type]
-    sock.sendall(reconciler._request(verb, moved))
+    sock.sendall(reconciler._request(verb, 1, moved))
     return dict(json.loads(sock.recv(65536)))
 
 

@@ -198,7 +198,7 @@ def test_a_library_that_is_gone_meanwhile_is_an_error_that_says_so(
     monkeypatch.setattr(keeper, "name_process", lambda _name: None)
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        ours.sendall(json.dumps({"verb": Verb.CLEAN}).encode() + b"\n")
+        ours.sendall(json.dumps({"verb": Verb.CLEAN, "n": 1}).encode() + b"\n")
         ours.shutdown(socket.SHUT_WR)
         keeper.serve(theirs, Config(), Means(gone, Quiet))
         what, why, hint = json.loads(ours.recv(4096))["error"]

@@ -107,8 +107,8 @@ def test_what_open_connections_depend_on_takes_a_restart(echo: Echo) -> None:
         program.wait_ready()
         program.write("mark = 7\n" + text(echo) + "[rules]\nscheme = 'istio'\n")
         program.signal(signal.SIGHUP)
-        program.wait_line("mark: is 1337 while connections are open; a restart changes it to 7")
-        program.wait_line("rules.scheme: is lean while connections are open; a restart changes it")
+        program.wait_line("mark: stays 1337 as long as this process runs; a restart makes it 7")
+        program.wait_line("rules.scheme: stays lean as long as this process runs")
         program.wait_line("the configuration of before goes on")
 
 
