@@ -520,7 +520,6 @@ def test_a_read_only_proc_sys(pod: Namespace) -> None:
         """
         from tproxyd.config import Config, ReturnPath, Rules
         from tproxyd.errors import KernelError
-from tproxyd.kernel import routewriter
         from tproxyd.kernel.reconcile import check, install
         print(check(Config()).notes[0])
         try:
@@ -576,7 +575,6 @@ def test_an_ordinary_user_is_told_what_is_missing(pod: Namespace, config: Config
         import os
         from tproxyd.config import Config
         from tproxyd.errors import KernelError
-from tproxyd.kernel import routewriter
         from tproxyd.kernel.reconcile import check, clean
         clean()  # all is imported now; another user may not be able to read the checkout
         os.setgroups([])
