@@ -170,6 +170,10 @@ class Daemon:
     def stderr(self) -> str:
         return (self.scratch / "err").read_text()
 
+    def bugs(self) -> list[str]:
+        """What its own log says of bugs. (A failed "not in" would keep pytest busy for hours.)"""
+        return [each for each in self.stderr.splitlines() if "bug" in each or "Traceback" in each]
+
     # ----- its processes
 
     @property

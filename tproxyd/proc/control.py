@@ -13,6 +13,7 @@ import errno
 import logging
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -21,6 +22,28 @@ log = logging.getLogger("tproxyd")
 # The longest word there may be, and the size of the buffer to read one with: some 8,000 upstreams.
 # A datagram has to fit into SO_SNDBUF, whose default, net.core.wmem_default, is 212,992.
 MAX_WORD = 200 * 1024
+_ONE_FILE = socket.CMSG_SPACE(4)  # with a word comes one at most
+
+
+class Words:
+    """The worker's end: the next word, and the files that came with it.
+
+    The buffer is made once, and its pages are taken by the words that need them: a worker that is
+    out of memory must still hear.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock, self._buffer = sock, memoryview(bytearray(MAX_WORD))
+
+    def next(self) -> tuple[bytes, list[int]]:
+        """b"" when the supervisor is gone. BlockingIOError when there is none, OSError."""
+        size, ancillary, _, _ = self._sock.recvmsg_into([self._buffer], _ONE_FILE)
+        fds = [
+            int.from_bytes(data, sys.byteorder)
+            for level, kind, data in ancillary
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
+        ]
+        return bytes(self._buffer[:size]), fds
 
 
 class Control:

@@ -30,7 +30,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING
@@ -38,12 +38,13 @@ from typing import TYPE_CHECKING
 from tproxyd import __version__
 from tproxyd.child import ending_of
 from tproxyd.config import Config
-from tproxyd.errors import ConfigError, KernelError, Problem, TproxydError
+from tproxyd.errors import KernelError, TproxydError
 from tproxyd.linux import CAP_NET_ADMIN, lay_down
-from tproxyd.proc import connections, counters, pages, status, systemd, upgrade
+from tproxyd.proc import change, connections, counters, pages, status, systemd, upgrade
 from tproxyd.proc.accesslog import FOLLOW_EVERY_S, AccessLog, Losses
 from tproxyd.proc.answers import Answers, Standing
 from tproxyd.proc.ask import Answer, Request
+from tproxyd.proc.change import Change
 from tproxyd.proc.commands import Handler
 from tproxyd.proc.connections import Connections
 from tproxyd.proc.endpoints import Endpoints
@@ -59,8 +60,6 @@ if TYPE_CHECKING:
     from tproxyd.proc.worker import WorkerSpec
 
 log = logging.getLogger("tproxyd")
-
-Change = Callable[[], Coroutine[object, object, str]]  # what it says when it is done
 
 _STOP = (signal.SIGTERM, signal.SIGINT)
 # Between two looks at the kernel state when nobody asks for it.
@@ -276,12 +275,12 @@ class Supervisor:
 
     # Changes ------------------------------------------------------------------------------------
 
-    def _begin(self, change: Change) -> None:
+    def _begin(self, wanted: Change) -> None:
         """A signal asks for a change, which tells the log how it went."""
 
         async def run() -> str:
             with contextlib.suppress(TproxydError):
-                return await change()
+                return await wanted()
             return ""
 
         self._make(run)
@@ -294,17 +293,17 @@ class Supervisor:
                 raise KernelError(what, "the daemon is stopping", "start it again")
             yield
 
-    def _make(self, change: Change) -> asyncio.Task[str]:
-        task = asyncio.ensure_future(change())
+    def _make(self, wanted: Change) -> asyncio.Task[str]:
+        task = asyncio.ensure_future(wanted())
         self._changes.add(task)
         task.add_done_callback(self._changes.discard)
         return task
 
-    def _command_for(self, change: Change) -> Handler:
+    def _command_for(self, wanted: Change) -> Handler:
         """A command that makes a change, and answers how it went."""
 
         async def handler(request: Request) -> Answer:
-            task = self._make(change)
+            task = self._make(wanted)
             await asyncio.wait([task])
             if task.cancelled():
                 raise KernelError(request["verb"], "the daemon is stopping", "start it again")
@@ -320,7 +319,7 @@ class Supervisor:
         async with self._alone("reload"):
             self._reload["last"] = datetime.now(UTC).isoformat(timespec="seconds")
             try:
-                said = await _no_os_error("reload", self._reloaded)
+                said = await change.no_os_error("reload", self._reloaded)
             except TproxydError as error:
                 self._reload["failed"] += 1
                 self._reload["error"] = str(error)
@@ -337,7 +336,7 @@ class Supervisor:
             raise KernelError("reload", "this process has no configuration to read", "restart it")
         began, old = time.monotonic(), self._serving()
         config = self._reread()
-        _check_change(old.config, config)
+        change.check(old.config, config)
         before = self._sockets.all()
         new: Generation | None = None
         endpoints: Endpoints | None = None
@@ -392,7 +391,7 @@ class Supervisor:
         """
         async with self._alone("upgrade"):
             try:
-                said = await _no_os_error("upgrade", self._upgraded)
+                said = await change.no_os_error("upgrade", self._upgraded)
             except KernelError as error:
                 log.error("%s", error)
                 raise
@@ -495,8 +494,8 @@ class Supervisor:
     async def _end(self) -> None:
         """Leave in order, however far the start came."""
         self._ending = True
-        for change in self._changes:
-            change.cancel()
+        for each in self._changes:
+            each.cancel()
         await asyncio.gather(*self._changes, return_exceptions=True)
         for task in self._tasks:
             task.cancel()
@@ -552,33 +551,6 @@ class Supervisor:
     def _standing(self) -> Standing:
         phase = "stopping" if self._ending else "ready" if self._ready else "starting"
         return Standing(phase, self._generations(), self._restarts, self._reload)
-
-
-async def _no_os_error(what: str, change: Change) -> str:
-    """The kernel may refuse at any of its calls: no more files, say."""
-    try:
-        return await change()
-    except OSError as error:
-        why = error.strerror or str(error)
-        raise KernelError(what, why, "what was before goes on; see tproxyd status") from error
-
-
-def _check_change(old: Config, new: Config) -> None:
-    """ConfigError for what can't change: above all, how packets of open connections find home."""
-    fixed = (
-        ("mark", old.mark, new.mark),
-        ("rules.backend", old.rules.backend, new.rules.backend),
-        ("rules.scheme", old.rules.scheme, new.rules.scheme),
-        ("rules.return_path", old.rules.return_path, new.rules.return_path),
-        ("log.daemon_format", old.log.daemon_format, new.log.daemon_format),
-    )
-    problems = tuple(
-        Problem(path, f"stays {was} as long as this process runs; a restart makes it {wish}")
-        for path, was, wish in fixed
-        if was != wish
-    )
-    if problems:
-        raise ConfigError("by a reload", problems)
 
 
 def serve(

@@ -52,7 +52,7 @@ from tproxyd.linux import (
 from tproxyd.proc import privileges, watchdog
 from tproxyd.proc.cells import Cells, Counting
 from tproxyd.proc.clients import ClientTables
-from tproxyd.proc.control import MAX_WORD
+from tproxyd.proc.control import Words
 from tproxyd.proc.door import BATCH, Door
 from tproxyd.proc.lister import Lister, Meter
 from tproxyd.proc.workerlog import WorkerLog
@@ -150,6 +150,7 @@ class Worker(Sockets, Counting):
         self._listening = False
         self._draining = False
         self._waiting = spec.waits
+        self._words = Words(spec.control)
         self._standing_back: asyncio.TimerHandle | None = None
         self._resume_accepting()
         # Stopping is the supervisor's decision. Ctrl-C and systemd signal the whole group at once,
@@ -252,11 +253,11 @@ class Worker(Sockets, Counting):
 
     def _on_control(self) -> None:
         try:
-            data, fds, _, _ = socket.recv_fds(self._spec.control, MAX_WORD, 1)
+            data, fds = self._words.next()
         except BlockingIOError:
             return
         except OSError:
-            data = b""
+            data, fds = b"", []
         if data == _PING:
             # A supervisor that does not read hangs itself, and needs no answer.
             with contextlib.suppress(OSError):
