@@ -222,6 +222,7 @@ def wait_for_gate() -> None:
 
 
 GATE = f"/tmp/tproxyd-test-gate-{os.getpid()}"
+BEGUN = f"{GATE}-begun"
 
 
 @pytest.fixture
@@ -229,7 +230,8 @@ def gate() -> Iterator[Path]:
     path = Path(GATE)
     path.touch()
     yield path
-    path.unlink(missing_ok=True)
+    for each in (GATE, BEGUN):
+        Path(each).unlink(missing_ok=True)
 
 
 def test_a_new_worker_that_dies_before_all_is_done_is_replaced(gate: Path) -> None:
@@ -254,7 +256,8 @@ def test_a_stop_in_the_middle_is_answered_by_what_was_asked(gate: Path) -> None:
         kernel = Reconciler(Config(), tells_what_it_did, Quiet)
         await kernel.install()
         moving = asyncio.ensure_future(kernel.move(Config(workers=3, drain_timeout_s=7)))
-        await asyncio.sleep(0.1)
+        while not os.path.exists(BEGUN):  # noqa: ASYNC110, ASYNC240
+            await asyncio.sleep(0)
         moving.cancel()
         await asyncio.wait([moving])
         os.unlink(gate)
@@ -268,6 +271,7 @@ def test_a_stop_in_the_middle_is_answered_by_what_was_asked(gate: Path) -> None:
 def tells_what_it_did(config: Config) -> Kernel:
     def kernel(verb: Verb) -> Report:
         if verb is Verb.INSTALL and is_second(config):
+            Path(BEGUN).touch()
             wait_for_gate()
         return Report((), (str(verb),), (), True, "x")
 
