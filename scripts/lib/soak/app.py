@@ -41,7 +41,9 @@ async def serve(sock: socket.socket, peer: tuple[str, int]) -> None:
     try:
         hello = Hello.decode(head)
     except ValueError as error:
-        raise Wrong("bypassed" if head.startswith(b"PROXY") else "wrong", str(error)) from None
+        # A PROXY header that nobody has taken off, v1 or v2.
+        passed_by = head.startswith((b"PROXY", b"\r\n\r\n\0\r\nQUIT\n"))
+        raise Wrong("bypassed" if passed_by else "wrong", str(error)) from None
     if peer[1] == hello.port and sock.getsockname()[1] != DIRECT_PORT:
         raise Wrong("bypassed", f"{peer} is the client's own socket")
     if peer[0] != hello.source:
