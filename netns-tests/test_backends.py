@@ -275,7 +275,8 @@ def test_kill9_then_clean(net: Topology, backend: str, scheme: str) -> None:
 
 @schemes
 def test_drift_is_healed(net: Topology, backend: str, scheme: str) -> None:
-    with Daemon(net.pod, rules(backend, scheme)):
+    with Daemon(net.pod, rules(backend, scheme), install=False):  # which would heal it
+        assert tproxyd(net.pod, "install", config=rules(backend, scheme)).returncode == 0
         installed = dump(net.pod)
         _damage(net.pod, backend, scheme)
         assert dump(net.pod) != installed
@@ -307,7 +308,8 @@ def test_no_moment_without_rules(net: Topology, backend: str) -> None:
             assert tproxyd(net.pod, "install", config=config).returncode == 0
         stop.set()
 
-    with Daemon(net.pod, one), ThreadPoolExecutor(1) as pool:
+    assert tproxyd(net.pod, "install", config=one).returncode == 0
+    with Daemon(net.pod, one, install=False), ThreadPoolExecutor(1) as pool:
         installing = pool.submit(install)
         count = 0
         while not stop.is_set() and not installing.done():

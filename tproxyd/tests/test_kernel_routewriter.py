@@ -95,14 +95,18 @@ def files_of(pid: int | str) -> dict[str, str]:
     return found
 
 
+_before: set[int] = set()  # of other tests, in the same process of pytest
+
+
+@pytest.fixture(autouse=True)
+def _children_of_others() -> None:
+    _before.clear()
+    _before.update(children())
+
+
 def children() -> list[int]:
-    """But for a process that multiprocessing keeps, where another test has used it."""
     text = Path(f"/proc/self/task/{os.getpid()}/children").read_text()
-    return [int(pid) for pid in text.split() if not _is_tracker(pid)]
-
-
-def _is_tracker(pid: str) -> bool:
-    return b"resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return [int(pid) for pid in text.split() if int(pid) not in _before]
 
 
 # What it is asked ---------------------------------------------------------------------------------
