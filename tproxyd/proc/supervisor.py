@@ -564,6 +564,10 @@ def serve(
 ) -> None:
     """`tproxyd run` and `exec`: returns when stopped by a signal, or by the end of the command."""
     log_to_stderr(config.log.daemon_format)
+    if keep_sockets and not os.environ.get("NOTIFY_SOCKET"):
+        why = "NOTIFY_SOCKET is not set, so there is no systemd to leave them with"
+        hint = "leave --keep-sockets away, or start the unit"
+        raise KernelError("keep the listening sockets", why, hint)
     inheritance = upgrade.Inheritance()
     kernel = Reconciler(config)
     lay_down(CAP_NET_ADMIN)  # the child that needs it takes it up

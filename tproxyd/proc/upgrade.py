@@ -189,7 +189,7 @@ def _execute(files: Sequence[tuple[str, socket.socket]]) -> None:
     try:
         os.execve(path, argv, environment)
     except OSError as error:
-        sys.stderr.write(f"tproxyd: can't run {path}: {error.strerror}\n")
+        sys.stderr.write(f"tproxyd: can't run {path}: {error.strerror}; is it installed?\n")
         sys.exit(127)
 
 

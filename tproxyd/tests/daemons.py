@@ -120,7 +120,7 @@ def accepts_nothing(spec: WorkerSpec) -> None:
 
 def leaves_only_when_cut(spec: WorkerSpec) -> None:
     spec.control.send(b"ready\n")
-    while (word := hear(spec)) != "cut":
+    while (word := hear(spec)) not in ("cut", ""):
         if word != watchdog.PING:
             say(f"worker {spec.slot} hears {word}")
 

@@ -335,6 +335,12 @@ def test_a_restart_finds_the_sockets_that_systemd_kept(echo: Echo, tmp_path: Pat
                     assert waiting.recv(8) == b"anybody?"
 
 
+def test_without_systemd_there_is_nobody_to_keep_them(echo: Echo) -> None:
+    with Program(text(echo), "--keep-sockets", environment={"NOTIFY_SOCKET": ""}) as program:
+        assert "NOTIFY_SOCKET is not set" in program.rest()[-1]
+        assert program.process.wait() == 3
+
+
 def test_what_is_no_socket_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LISTEN_PID", "1")
     monkeypatch.setenv("LISTEN_FDS", "3")
