@@ -111,13 +111,10 @@ class Program(Talker):
             self._write = -1
 
     def __exit__(self, *_: object) -> None:
-        """Whatever the test did: nothing of it lives on (what one start began is a session)."""
-        sessions = {each.pid for each in self._sessions}
-        for entry in Path("/proc").glob("[0-9]*/stat"):
-            with suppress(OSError):
-                pid = int(entry.parent.name)
-                if os.getsid(pid) in sessions:
-                    os.kill(pid, signal.SIGKILL)
+        """Whatever the test did: nothing of it lives on."""
+        for pid in self.processes():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         for each in self._sessions:
             each.wait()
         self.no_more_of_it()
@@ -136,6 +133,18 @@ class Program(Talker):
     def rest(self) -> list[str]:
         self.no_more_of_it()
         return super().rest()
+
+    def processes(self) -> set[int]:
+        """Those that live: what one start began is a session."""
+        sessions = {each.pid for each in self._sessions}
+        found = set()
+        for entry in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):
+                pid = int(entry.parent.name)
+                state = entry.read_text().rpartition(")")[2].split()[0]
+                if os.getsid(pid) in sessions and state != "Z":
+                    found.add(pid)
+        return found
 
     # What one can do to it
 

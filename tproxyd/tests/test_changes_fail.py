@@ -74,12 +74,15 @@ def test_a_successor_that_fails_late_leaves_what_it_was_lent(echo: Echo, tmp_pat
         manager.bind(notify)
         with Upgradable(text(echo), environment=environment) as program:
             program.wait_ready()
+            before = program.processes()
             program.next.write_text(LATE)
             # More workers than before: their listening sockets were never lent.
             program.write(text(echo, workers=5))
             program.signal(signal.SIGUSR2)
             line = program.wait_line("can't upgrade: the new process can't do this")
             assert "it is forbidden" in line
+            while program.processes() - before:  # until it has done what it does at its end
+                pass
             assert_goes_on(program)
             for _ in range(50):
                 with program.connect() as sock:
