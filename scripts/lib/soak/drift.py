@@ -49,8 +49,9 @@ BOUNDS: dict[str, Bound] = {
     "sockets in use": _at_most(1, 8),
     "conntrack entries": _at_most(1, 0),
 }
-# Of sockets and files under load: as many connections as there happen to be. Counted, not judged.
-AT_REST_ONLY = {"workers' files, each", "sockets in use"}
+# Of sockets and files under load: as many connections as there happen to be, and workers that drain
+# after a reload. Counted, not judged.
+AT_REST_ONLY = {"workers' files, each", "supervisor files", "sockets in use"}
 # Of short connections, at the median and the 99th percentile: beside them some go by the proxy, to
 # the same application, and what those have become slower by is the machine's doing.
 LATENCY = (("p50", _at_most(1.5, 2, " ms")), ("p99", _at_most(2, 20, " ms")))

@@ -27,6 +27,8 @@ AFTERMATH_S = 10.0
 # Within which what a fault broke must be whole again: a worker replaced, rules healed, …
 MENDED_S = 15.0
 
+PATIENCE_S = 15.0  # load.py's
+
 WORKER_KILLED = "worker killed"
 
 
@@ -51,7 +53,9 @@ class Window:
 
     def covers(self, failure: Failure) -> bool:
         began, at, what = failure["began"], failure["at"], failure["what"]
-        if at < self.began or at > self.mended + AFTERMATH_S:
+        # Who has passed by with words that are no hello is waited for by both ends, in patience.
+        last = self.mended + AFTERMATH_S + (PATIENCE_S if self.excuse is Excuse.BYPASS else 0)
+        if at < self.began or at > last:
             return False
         match self.excuse:
             case Excuse.NOTHING:
@@ -60,7 +64,7 @@ class Window:
                 return bool(what == "lost" and began <= self.mended)
             case Excuse.BYPASS:
                 meanwhile = self.began - 0.1 <= began <= self.mended
-                return meanwhile and what in ("bypassed", "lost")
+                return meanwhile and what in ("bypassed", "lost", "stuck")
 
 
 @dataclass
