@@ -25,7 +25,7 @@ class Standing(NamedTuple):
 
     phase: str  # "starting", "ready", "stopping"
     generations: list[Generation]  # the one that serves, then those that retire
-    restarts: int  # of workers, of generations that are gone
+    restarts: int  # of workers, since the start
     reload: status.ReloadPart
 
 
@@ -99,7 +99,7 @@ class Answers:
         serving = standing.generations[0]
         own = counters.Own(
             workers=len(serving.ready()),
-            worker_restarts=standing.restarts + sum(g.restarts for g in standing.generations),
+            worker_restarts=standing.restarts,
             kernel_drift=self._kernel.drifts,
             upstreams=serving.upstreams.counts(),
             heals=self._kernel.heals.counts(),

@@ -1,13 +1,72 @@
-"""What a reload can change, and what is said where it can't be made."""
+"""Reloads and upgrades as such: who asks for one, one at a time, and what can't be changed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Coroutine
 
 from tproxyd.config import Config
-from tproxyd.errors import ConfigError, KernelError, Problem
+from tproxyd.errors import ConfigError, KernelError, Problem, TproxydError
+from tproxyd.proc.ask import Answer, Request
+from tproxyd.proc.commands import Handler
 
 Change = Callable[[], Coroutine[object, object, str]]  # what it says when it is done
+
+
+class Changes:
+    """Those that are under way, or wait for their turn."""
+
+    def __init__(self, stop: asyncio.Event) -> None:
+        self.turn = asyncio.Lock()
+        self._stop = stop
+        self._tasks: set[asyncio.Task[str]] = set()
+
+    @contextlib.asynccontextmanager
+    async def alone(self, what: str) -> AsyncIterator[None]:
+        """One change at a time, and none once there is to be a stop: KernelError then."""
+        async with self.turn:
+            if self._stop.is_set():
+                raise _stopping(what)
+            yield
+
+    def begin(self, wanted: Change) -> None:
+        """A signal asks for a change, which tells the log how it went."""
+
+        async def run() -> str:
+            with contextlib.suppress(TproxydError):
+                return await wanted()
+            return ""
+
+        self._make(run)
+
+    def handler(self, wanted: Change) -> Handler:
+        """A command that makes a change, and answers how it went."""
+
+        async def handler(request: Request) -> Answer:
+            task = self._make(wanted)
+            await asyncio.wait([task])
+            if task.cancelled():
+                raise _stopping(request["verb"])
+            return {"said": task.result()}
+
+        return handler
+
+    def _make(self, wanted: Change) -> asyncio.Task[str]:
+        task = asyncio.ensure_future(wanted())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def end(self) -> None:
+        """What is under way ends where it waits, and undoes what it has done."""
+        for each in self._tasks:
+            each.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+def _stopping(what: str) -> KernelError:
+    return KernelError(what, "the daemon is stopping", "start it again")
 
 
 def check(old: Config, new: Config) -> None:

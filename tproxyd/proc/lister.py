@@ -52,7 +52,7 @@ class Lister:
         self._engine, self._loop, self._control = engine, loop, control
         self._pid = os.getpid()
         self._work: deque[Iterator[None]] = deque()
-        self._listing: Iterator[None] | None = None
+        self._listing: Iterator[None] = iter(())
         self._unsent: deque[bytes] = deque()
         self._baseline: Baseline | None = None
         self._driving = False
@@ -61,9 +61,7 @@ class Lister:
         """Whether it was a question to us; the answer comes by itself."""
         kind, _, rest = word.partition(b" ")
         if kind == b"connections":
-            if (
-                self._listing is not None and self._listing in self._work
-            ):  # who asked for that one has given up
+            if self._listing in self._work:  # who asked for that one has given up
                 self._work.remove(self._listing)
             work = self._listing = self._list(*_asked(rest))
         elif kind == b"kill":

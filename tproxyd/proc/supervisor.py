@@ -30,7 +30,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING
@@ -43,13 +43,13 @@ from tproxyd.linux import CAP_NET_ADMIN, lay_down
 from tproxyd.proc import change, connections, counters, pages, status, systemd, upgrade
 from tproxyd.proc.accesslog import FOLLOW_EVERY_S, AccessLog, Losses
 from tproxyd.proc.answers import Answers, Standing
-from tproxyd.proc.ask import Answer, Request
-from tproxyd.proc.change import Change
+from tproxyd.proc.change import Changes
 from tproxyd.proc.commands import Handler
 from tproxyd.proc.connections import Connections
 from tproxyd.proc.endpoints import Endpoints
 from tproxyd.proc.generation import Generation, kill_hung
 from tproxyd.proc.reconciler import Reconciler
+from tproxyd.proc.roster import Roster
 from tproxyd.proc.sockets import Listening, Sockets
 from tproxyd.proc.startup import age_ms, log_to_stderr, raise_file_limit
 from tproxyd.proc.upstreams import FIRST_S
@@ -91,29 +91,25 @@ class Supervisor:
         self._lent = list(self._inheritance.listeners)
         self._on_trial = self._inheritance.predecessor is not None  # which goes on if we fail
         self._sockets = Sockets(listening, self._inheritance.listeners, store=keep_sockets)
-        self._generation: Generation | None = None  # the one that serves
-        self._watchdog = Watchdog(lambda: self._serving().ready(), kill_hung)
         self._born = 0
-        self._coming: Generation | None = None  # of a reload that is under way
-        self._retired: dict[Generation, asyncio.Task[None]] = {}
         self._totals = counters.Totals()
         self._losses = Losses()
+        self._stop = asyncio.Event()  # the first SIGTERM or SIGINT
+        self._hurry = asyncio.Event()  # the second
+        self._roster = Roster(self._totals, self._hurry)
+        self._watchdog = Watchdog(lambda: self._roster.now.ready(), kill_hung)
         self._live = Connections(
-            lambda: [(s.pid, s.say) for g in self._generations() for s in g.slots if s.pid]
+            lambda: [(s.pid, s.say) for g in self._roster for s in g.slots if s.pid]
         )
         self._answers = Answers(self._standing, kernel, self._totals, self._live)
-        self._restarts = 0  # of workers of generations that are gone
         self._endpoints: Endpoints | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        self._changing = asyncio.Lock()  # a reload or an upgrade is under way
-        self._changes: set[asyncio.Task[str]] = set()
+        self._changes = Changes(self._stop)
         self._reload: status.ReloadPart = {"done": 0, "failed": 0, "last": "", "error": ""}
         self._successor: upgrade.Successor | None = None
         self._handed_over = self._to_take_back = False
         self._ready = False
         self._installed = False
-        self._stop = asyncio.Event()  # the first SIGTERM or SIGINT
-        self._hurry = asyncio.Event()  # the second
         self._ending = False
 
     def run(self) -> None:
@@ -125,14 +121,14 @@ class Supervisor:
         for number in signals:
             self._loop.add_signal_handler(number, self._on_signal, number)
         if self._command is None:
-            self._loop.add_signal_handler(signal.SIGHUP, self._begin, self.reload)
-            self._loop.add_signal_handler(signal.SIGUSR2, self._begin, self.upgrade)
+            self._loop.add_signal_handler(signal.SIGHUP, self._changes.begin, self.reload)
+            self._loop.add_signal_handler(signal.SIGUSR2, self._changes.begin, self.upgrade)
             # Those of `exec` are CMD's; a file that moves is noticed by itself, too.
             self._loop.add_signal_handler(signal.SIGUSR1, self._reopen_logs)
         self._loop.add_signal_handler(signal.SIGCHLD, self._reap)
         self._reap()  # the reconciler may have ended before there was a handler
         try:
-            async with self._changing:
+            async with self._changes.turn:
                 await self._start()
             await self._stop.wait()
         except BaseException as error:
@@ -154,7 +150,7 @@ class Supervisor:
         self._files = raise_file_limit()
         if (self._install or self._guard) and self._inheritance.predecessor is None:
             await self._kernel.claim()
-        generation = self._generation = self._beget(self._config)
+        generation = self._roster.serving = self._beget(self._config)
         if not self._on_trial:
             self._sockets.commit()
         self._tasks.append(self._loop.create_task(self._answers.history.run()))
@@ -213,7 +209,7 @@ class Supervisor:
             access_log,
             self._files,
             heard=self._heard,
-            before=self._generation,
+            before=self._roster.serving,
         )
         self._totals.add(generation.page)
         generation.upstreams.start()
@@ -228,8 +224,8 @@ class Supervisor:
 
     def _open_endpoints(self, config: Config, inherited: socket.socket | None = None) -> Endpoints:
         commands: dict[str, Handler] = {
-            "reload": self._command_for(self.reload),
-            "upgrade": self._command_for(self.upgrade),
+            "reload": self._changes.handler(self.reload),
+            "upgrade": self._changes.handler(self.upgrade),
             "kill": self._live.on_kill,
             "get": partial(pages.get, self._answers),
         }
@@ -263,60 +259,24 @@ class Supervisor:
     async def _watch_logs(self) -> None:
         while True:
             await asyncio.sleep(FOLLOW_EVERY_S)
-            for generation in self._generations():
+            for generation in self._roster:
                 generation.access_log.follow()
             self._losses.look(self._totals.samples())
             for handler in logging.getLogger().handlers:
                 handler.flush()  # what the reader of our own log had not taken
 
     def _reopen_logs(self) -> None:
-        for generation in self._generations():
+        for generation in self._roster:
             generation.access_log.reopen()
 
     # Changes ------------------------------------------------------------------------------------
-
-    def _begin(self, wanted: Change) -> None:
-        """A signal asks for a change, which tells the log how it went."""
-
-        async def run() -> str:
-            with contextlib.suppress(TproxydError):
-                return await wanted()
-            return ""
-
-        self._make(run)
-
-    @contextlib.asynccontextmanager
-    async def _alone(self, what: str) -> AsyncIterator[None]:
-        """One change at a time, and none once there is to be a stop."""
-        async with self._changing:
-            if self._stop.is_set():
-                raise KernelError(what, "the daemon is stopping", "start it again")
-            yield
-
-    def _make(self, wanted: Change) -> asyncio.Task[str]:
-        task = asyncio.ensure_future(wanted())
-        self._changes.add(task)
-        task.add_done_callback(self._changes.discard)
-        return task
-
-    def _command_for(self, wanted: Change) -> Handler:
-        """A command that makes a change, and answers how it went."""
-
-        async def handler(request: Request) -> Answer:
-            task = self._make(wanted)
-            await asyncio.wait([task])
-            if task.cancelled():
-                raise KernelError(request["verb"], "the daemon is stopping", "start it again")
-            return {"said": task.result()}
-
-        return handler
 
     async def reload(self) -> str:
         """Serve by the configuration as it is now; a sentence that says so.
 
         ConfigError or KernelError when it can't be: then the old one goes on.
         """
-        async with self._alone("reload"):
+        async with self._changes.alone("reload"):
             self._reload["last"] = datetime.now(UTC).isoformat(timespec="seconds")
             try:
                 said = await change.no_os_error("reload", self._reloaded)
@@ -334,7 +294,7 @@ class Supervisor:
     async def _reloaded(self) -> str:
         if self._reread is None:
             raise KernelError("reload", "this process has no configuration to read", "restart it")
-        began, old = time.monotonic(), self._serving()
+        began, old = time.monotonic(), self._roster.now
         config = self._reread()
         change.check(old.config, config)
         before = self._sockets.all()
@@ -343,7 +303,7 @@ class Supervisor:
         try:
             if config.admin != old.config.admin:
                 endpoints = self._open_endpoints(config)
-            new = self._coming = self._beget(config)
+            new = self._roster.coming = self._beget(config)
             await new.known(FIRST_S, self._stop)
             new.fork(wait=True)
             await new.started()
@@ -352,16 +312,16 @@ class Supervisor:
             for note in (await self._kernel.move(config)).notes:
                 log.info("%s", note)
         except BaseException:
-            self._coming = None
+            self._roster.coming = None
             if new is not None:
-                self._retire(new, before, "reload")
+                self._roster.retire(new, before, "reload")
             self._go_back()
             if endpoints is not None:
                 await endpoints.finish()
             raise
-        self._generation, self._coming = new, None
+        self._roster.serving, self._roster.coming = new, None
         self._sockets.settle()
-        self._retire(old, self._sockets.all(), "reload")
+        self._roster.retire(old, self._sockets.all(), "reload")
         if endpoints is not None:
             await self._move_to(endpoints)
         self._describe(new)
@@ -389,7 +349,7 @@ class Supervisor:
 
         KernelError when that fails: then this process goes on.
         """
-        async with self._alone("upgrade"):
+        async with self._changes.alone("upgrade"):
             try:
                 said = await change.no_os_error("upgrade", self._upgraded)
             except KernelError as error:
@@ -440,21 +400,6 @@ class Supervisor:
                 log.error("%s", error)
                 self._to_take_back = True
 
-    def _serving(self) -> Generation:
-        assert self._generation is not None, "changes wait for the start"
-        return self._generation
-
-    def _retire(self, generation: Generation, keep: list[socket.socket], why: str) -> None:
-        seconds = self._serving().config.drain_timeout_s
-        generation.retire(keep, seconds, why)
-        self._retired[generation] = self._loop.create_task(self._bury(generation, seconds))
-
-    async def _bury(self, generation: Generation, seconds: float) -> None:
-        await generation.end(seconds, self._hurry)
-        self._totals.fold(generation.page)
-        self._restarts += generation.restarts
-        self._retired.pop(generation, None)
-
     def _reap(self) -> None:
         with contextlib.suppress(ChildProcessError):
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
@@ -462,7 +407,7 @@ class Supervisor:
 
     def _reaped(self, pid: int, code: int) -> None:
         self._live.gone(pid)
-        if any(each.reaped(pid, code) for each in self._generations()):
+        if self._roster.reaped(pid, code):
             return
         if self._command is not None and self._command.reaped(pid, code):
             log.info("%s %s: stopping", self._command, ending_of(code))
@@ -472,11 +417,6 @@ class Supervisor:
             self._successor.gone.set()
         elif self._kernel.reaped(pid) and not self._ending:
             log.error("the process that holds the kernel state %s", ending_of(code))
-
-    def _generations(self) -> list[Generation]:
-        """The serving one first."""
-        first = [each for each in (self._generation, self._coming) if each is not None]
-        return [*first, *(each for each in self._retired if each not in first)]
 
     # Stop ---------------------------------------------------------------------------------------
 
@@ -488,15 +428,13 @@ class Supervisor:
             return
         log.info("stopping")
         self._stop.set()
-        if self._generation is not None:
-            self._generation.settle_start()
+        if self._roster.serving is not None:
+            self._roster.serving.settle_start()
 
     async def _end(self) -> None:
         """Leave in order, however far the start came."""
         self._ending = True
-        for each in self._changes:
-            each.cancel()
-        await asyncio.gather(*self._changes, return_exceptions=True)
+        await self._changes.end()
         for task in self._tasks:
             task.cancel()
         others = self._handed_over or self._on_trial  # kernel state, sockets and unit are another's
@@ -510,7 +448,7 @@ class Supervisor:
             except KernelError as error:
                 log.error("%s", error)
         await self._end_workers()
-        if self._generation is not None:
+        if self._roster.serving is not None:
             self._losses.end(self._totals.samples())
         if installed:
             try:
@@ -526,31 +464,29 @@ class Supervisor:
             log.info("stopped")
 
     async def _end_workers(self) -> None:
-        generation, keep = self._generation, self._sockets.all()
+        generation, keep = self._roster.serving, self._sockets.all()
         if generation is None:
             return
         if self._handed_over:
-            self._retire(generation, keep, "upgrade")
+            self._roster.retire(generation, keep, "upgrade")
             # We must not hold, while we drain, what is the new one's: when that ends or lets go of
             # it, it has to be free, and whoever connects must not wait in a queue of nobody's.
             self._sockets.close()
             if self._endpoints is not None and self._endpoints.socket is not None:
                 self._endpoints.socket.close()
         elif self._on_trial:
-            self._retire(generation, self._lent, "upgrade")
+            self._roster.retire(generation, self._lent, "upgrade")
             return  # who goes on takes back now what we had taken over
         elif self._keep_sockets:
-            self._retire(generation, keep, "stop")
+            self._roster.retire(generation, keep, "stop")
             return  # who is the next to serve should not have to wait for them
         else:
-            generation.drain()
-            seconds = generation.config.drain_timeout_s
-            self._retired[generation] = self._loop.create_task(self._bury(generation, seconds))
-        await asyncio.gather(*self._retired.values())
+            self._roster.drain()
+        await self._roster.gone()
 
     def _standing(self) -> Standing:
         phase = "stopping" if self._ending else "ready" if self._ready else "starting"
-        return Standing(phase, self._generations(), self._restarts, self._reload)
+        return Standing(phase, [*self._roster], self._roster.restarts, self._reload)
 
 
 def serve(

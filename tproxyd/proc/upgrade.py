@@ -41,7 +41,8 @@ from tproxyd import child
 from tproxyd.errors import KernelError
 from tproxyd.proc import systemd
 
-# For all of the successor's start: names are waited for 3 s, workers 10 s, the kernel state 10 s.
+# For all of the successor's start: names are waited for 3 s, workers 10 s; the kernel state takes
+# tenths of a second, and where it takes as long as it may (reconciler.py) the old process goes on.
 UPGRADE_TIMEOUT_S = 30.0
 # A successor that is dismissed has nothing to drain, and ends at once.
 DISMISSED_S = 5.0
