@@ -1,4 +1,4 @@
-"""What README shows of the configuration is one."""
+"""What README shows of the configuration is one, and what it points at is there."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 
 from tproxyd.configfile import parse
 
-TEXT = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"^```toml\n(.*?)^```", TEXT, flags=re.MULTILINE | re.DOTALL)
 
 
@@ -26,3 +27,8 @@ def test_it_is_valid(snippet: str) -> None:
 def test_its_contents_are_there(link: str) -> None:
     titles = re.findall(r"^#+ (.+)$", TEXT, flags=re.MULTILINE)
     assert link in {re.sub(r"[^a-z -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\((?!#|https?:)([^)]+)\)", TEXT))))
+def test_what_it_points_at_is_there(path: str) -> None:
+    assert (ROOT / path).exists()
