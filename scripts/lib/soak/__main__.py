@@ -66,8 +66,6 @@ class Helper:
             told = json.loads(line)
             if "what" in told:
                 self.failures.append({**told, "by": self.module.rpartition(".")[2]})
-                if len(self.failures) <= 20:
-                    print(f"# {told['what']}: {told['detail'][:200]}", file=sys.stderr)
             else:
                 self.answers.put(told)
 
@@ -140,11 +138,15 @@ def soak(daemon: Daemon, app: Helper, load: Helper, seconds: float, rng: random.
     began = time.monotonic()
     samples: list[drift.Numbers] = []
     problems: list[str] = []
+    minutes = 0
     while (now := time.monotonic() - began) < seconds:
         load.check()
         app.check()
         if now >= SAMPLE_EVERY_S * len(samples):
             samples.append(drift.sample(daemon))
+        if now >= 60 * (minutes + 1):
+            minutes += 1
+            _say_so_far(minutes, inflicted, len(app.failures) + len(load.failures))
         try:
             inflicted.step()
         except AssertionError as error:
@@ -203,6 +205,13 @@ def _told(daemon: Daemon, done: Counter[str]) -> list[str]:
     return problems
 
 
+def _say_so_far(minutes: int, inflicted: faults.Faults, failures: int) -> None:
+    counts = Counter(window.name for window in inflicted.windows)
+    done = ", ".join(f"{count} × {name}" for name, count in counts.items()) or "no fault yet"
+    lost = f"; {failures} ends lost, judged at the end" if failures else ""
+    print(f"# minute {minutes}: {done}{lost}", file=sys.stderr, flush=True)
+
+
 def _say_counts(
     result: dict[str, Any], inflicted: faults.Faults, failures: list[faults.Failure]
 ) -> None:
@@ -220,7 +229,8 @@ def _say_counts(
             f"{name}: {len(windows)} times, whole again within {longest:.2f} s;"
             f" {lost} ends of connections lost by it"
         )
-    print(f"failures told: {dict(Counter(each['what'] for each in failures))}")
+    told = ", ".join(f"{n} {what}" for what, n in Counter(e["what"] for e in failures).items())
+    print(f"what the ends told: {told or 'nothing amiss'}")
 
 
 if __name__ == "__main__":
