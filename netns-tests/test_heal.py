@@ -222,8 +222,12 @@ def test_a_fight_is_told_and_gets_slower(net: Topology, capsys: pytest.CaptureFi
         wait_for(lambda: undo() and undone >= 8, "some more rounds", timeout=20)
         with capsys.disabled():
             print(f"\n  a fight: {undone} rounds, then every round twice as long as the last")
-        undo()
-        assert daemon.get("/readyz")[0] == 503
+
+        def unready() -> bool:
+            undo()
+            return daemon.get("/readyz")[0] == 503
+
+        wait_for(unready, "readyz to say so: what was read just before lasts for a second")
         wait_for(lambda: daemon.get("/readyz")[0] == 200, "the heal that nobody undoes", timeout=20)
         assert daemon.stderr.count("another program undoes what is healed") == 1
         assert daemon.stop() == 0

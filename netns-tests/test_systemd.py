@@ -6,6 +6,7 @@ One boot serves all of these tests; each finds the service running, and leaves i
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import signal
 import socket
@@ -19,6 +20,8 @@ from lib.machine import Machine
 from lib.streams import receive
 from lib.topology import V4, Family, Pair, Topology, seen_port
 from lib.waits import wait_for
+
+from tproxyd.flow import journal
 
 DAEMON, RULES = "tproxyd.service", "tproxyd-rules.service"
 CONFIG = "/etc/tproxyd/tproxyd.toml"
@@ -45,7 +48,7 @@ def machine(installed: Machine) -> Iterator[Machine]:
         error.add_note("\n".join(installed.journal()[-60:]))
         raise
     finally:
-        installed.sh(f"rm -rf /run/systemd/system/{DAEMON}.d; systemctl daemon-reload")
+        installed.sh("rm -rf /run/systemd/system/tproxyd*.d; systemctl daemon-reload")
         installed.sh(
             f"systemctl reset-failed; cp /usr/local/share/doc/tproxyd/tproxyd.toml {CONFIG}"
         )
@@ -78,9 +81,10 @@ def refused(net: Topology) -> bool:
     return net.app_saw_nothing()
 
 
-def drop_in(machine: Machine, text: str) -> None:
-    where = f"/run/systemd/system/{DAEMON}.d"
-    machine.sh(f"mkdir -p {where}; cat >{where}/test.conf <<'END'\n{text}\nEND\n")
+def drop_in(machine: Machine, text: str, *units: str) -> None:
+    for unit in units or (DAEMON,):
+        where = f"/run/systemd/system/{unit}.d"
+        machine.sh(f"mkdir -p {where}; cat >{where}/test.conf <<'END'\n{text}\nEND\n")
     machine.systemctl("daemon-reload")
     machine.systemctl("restart", "tproxyd")
 
@@ -214,6 +218,43 @@ def test_iptables_works_for_that_user(machine: Machine) -> None:
     wait_for(lambda: machine.active(DAEMON) == "active", "the daemon")
     assert "TPROXYD" in machine.run("iptables-nft-save", "-t", "mangle")
     through(machine.net)
+
+
+def test_connections_are_entries_of_the_journal(machine: Machine) -> None:
+    machine.sh(f"sed -i 's/^access = .*/access = \"journal\"/' {CONFIG}")
+    machine.systemctl("reload", "tproxyd")
+    pair = through(machine.net)
+    host, port = pair.client.getsockname()
+    pair.client.close()
+    pair.app.close()
+    by = (f"TPROXYD_CLIENT={host}", f"TPROXYD_CLIENT_PORT={port}")
+
+    def told() -> str:
+        return machine.run("journalctl", "--no-pager", "-o", "json", "-t", "tproxyd", *by).strip()
+
+    entry = json.loads(wait_for(told, "the entry"))
+    assert entry["_SYSTEMD_UNIT"] == DAEMON
+    assert (entry["MESSAGE_ID"], entry["PRIORITY"]) == (journal.MESSAGE_ID, "6")
+    assert entry["TPROXYD_CLOSE_REASON"] == "downstream_fin"
+    assert entry["TPROXYD_BYTES_RECEIVED"] == str(len(b"question"))
+
+
+def test_an_entry_that_is_larger_than_a_datagram(machine: Machine) -> None:
+    """It goes as a sealed file, which only the journal itself can say that it takes."""
+    script = (
+        "from tproxyd.flow.journal import JournalWriter\n"
+        "lost = []\n"
+        "writer = JournalWriter('/run/systemd/journal/socket', print, lost.append)\n"
+        "writer.write(b'SYSLOG_IDENTIFIER=tproxyd-large\\nMESSAGE=' + b'x' * 500_000 + b'\\n')\n"
+        "writer.close()\n"
+        "assert not lost\n"
+    )
+    machine.run("env", "PYTHONPATH=/src", "python3", "-c", script)
+
+    def arrived() -> str:
+        return machine.run("journalctl", "--no-pager", "-o", "cat", "-a", "-t", "tproxyd-large")
+
+    assert wait_for(arrived, "the entry").strip() == 500_000 * "x"
 
 
 def test_it_comes_at_boot_and_goes_at_shutdown(machine: Machine) -> None:
@@ -377,6 +418,33 @@ def test_upgrade_to_another_version(machine: Machine, figure: Figure) -> None:
     finally:
         machine.install()
         machine.sh("rm -r /tmp/next")
+
+
+# Legacy tables ------------------------------------------------------------------------------------
+
+
+def test_legacy_tables_as_the_unit_says(machine: Machine) -> None:
+    """With the drop-in that its comments give, word for word."""
+    unit = machine.path(f"/usr/local/lib/systemd/system/{RULES}").read_text()
+    advice = unit.partition("then, by systemctl edit")[2].partition("[Service]")[2]
+    lines = [
+        line.removeprefix("#").strip() for line in advice.partition("\nUser=tproxyd")[0].split("\n")
+    ]
+    machine.install("--with", "legacy")
+    try:
+        machine.sh(f'sed -i \'s/^backend = "auto"/backend = "iptables-legacy"/\' {CONFIG}')
+        drop_in(machine, "\n".join(("[Service]", *lines)), DAEMON, RULES)
+        machine.systemctl("restart", "tproxyd-rules")
+        wait_for(lambda: machine.active(DAEMON) == "active", "the daemon")
+        assert "TPROXYD" in machine.run("iptables-legacy-save", "-t", "mangle")
+        through(machine.net)
+        machine.run("iptables-legacy", "-t", "mangle", "-F")
+        wait_for(lambda: machine.status()["kernel"]["heals"], "the daemon to heal it")
+        through(machine.net)
+        machine.systemctl("stop", "tproxyd-rules")
+        assert "TPROXYD" not in machine.run("iptables-legacy-save", "-t", "mangle")
+    finally:
+        machine.install()
 
 
 # Hardening ----------------------------------------------------------------------------------------

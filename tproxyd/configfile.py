@@ -122,9 +122,9 @@ def _log(t: Table) -> Log:
         format=t.word("format", d.format),
         daemon_format=t.word("daemon_format", d.daemon_format),
     )
-    if log.access == JOURNAL and "format" in t.data:
-        text = 'means nothing in the journal, whose entries have fields; "./journal" is a file'
-        t.problem("format", text)
+    if log.access == JOURNAL and log.format != d.format:  # the default may stand in an example
+        why = "means nothing in the journal, whose entries have fields"
+        t.problem("format", f'{why}; leave it away, or is "./journal" meant, a file?')
     return log
 
 

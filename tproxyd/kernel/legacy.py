@@ -26,6 +26,7 @@ import fcntl
 import ipaddress
 import json
 import os
+import re
 import shlex
 import sys
 import time
@@ -41,6 +42,7 @@ from tproxyd.kernel.iptables import refuse_strangers
 from tproxyd.kernel.iptchains import PREFIX
 from tproxyd.kernel.iptsave import ISTIO_PREFIX, OWNER, Listing, ours, script
 from tproxyd.kernel.state import Tables
+from tproxyd.linux import CAP_NET_ADMIN, CAP_NET_RAW, CAPABILITY_NAMES, capabilities
 
 # iptables/xshared.h, XT_LOCK_NAME; older ones had it in /var/run, which is the same. As for those
 # commands, the variable XTABLES_LOCKFILE names another one.
@@ -177,8 +179,7 @@ def child() -> None:
                     lists = {name: _listing(iptc, family, name) for name in request["tables"]}
                     answer = {"answer": lists}
             except iptc.IPTCError as error:
-                hint = f"run it as root; does the kernel have {_MODULES[family]}?"
-                raise _Refusal(str(error), hint) from None
+                raise _Refusal(*_in_words(str(error), family)) from None
     except _Refusal as refusal:
         answer = {"refusal": refusal.args}
     print("\n" + json.dumps(answer))  # noqa: T201 -- to the parent; the library may print, too
@@ -186,6 +187,16 @@ def child() -> None:
 
 class _Refusal(Exception):
     """Why, and what to try."""
+
+
+def _in_words(error: str, family: Family) -> tuple[str, str]:
+    """Of what iptc says, which shows bytes: can't initialize mangle: b'Permission denied (…)'."""
+    why = re.sub(r"b'(.*)'", r"\1", error)
+    # Its sockets are raw ones, so it takes more than the kernel asks for.
+    if missing := {CAP_NET_ADMIN, CAP_NET_RAW} - capabilities():
+        names = " and ".join(sorted(CAPABILITY_NAMES[each] for each in missing))
+        return why, f"run it as root, with {names}"
+    return why, f"does the kernel have {_MODULES[family]}?"
 
 
 @contextlib.contextmanager

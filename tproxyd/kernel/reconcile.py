@@ -282,7 +282,8 @@ def _read(world: World, errors: list[KernelError] | None = None) -> KernelState:
 
 def _failure(errors: list[KernelError], changed: list[str], left: tuple[str, ...]) -> KernelError:
     """One error that tells everything: what was refused, what was done, what is missing."""
-    lines = [("also", str(error)) for error in errors[1:]]
+    told = dict.fromkeys(map(str, errors))
+    lines = [("also", text) for text in [*told][1:]]
     lines += [("done all the same", change) for change in changed]
     lines += [("still to do", change) for change in left]
     more = "".join(f"\n  {label}: {text}" for label, text in dict.fromkeys(lines))

@@ -333,6 +333,9 @@ class Daemon(Talker):
             try:
                 os.dup2(write, 2)
                 sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+                # A shell without job control has what it puts into the background ignore them.
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                signal.signal(signal.SIGQUIT, signal.SIG_DFL)
                 before()
                 kernel = Reconciler(self.config, load, outside)
                 code = self._run(entry, kernel, install, guard, argv, reread)

@@ -302,7 +302,7 @@ TOP = [
     ("[log]\naccess = true", "log.access", "true is not a text in quotes"),
     ('[log]\nformat = "xml"', "log.format", '"xml" is not one of: json, text'),
     ("[log]\ndaemon_format = 1", "log.daemon_format", "1 is not"),
-    ('[log]\naccess = "journal"\nformat = "json"', "log.format", "means nothing in the journal"),
+    ('[log]\naccess = "journal"\nformat = "text"', "log.format", "means nothing in the journal"),
     ("listener = []", "listener", "there must be at least one [[listener]]"),
     ("listener = 1", "listener", "is not a list of tables; write [[listener]] above each"),
     ("[listener]\nport = 1", "listener", "is not a list of tables"),

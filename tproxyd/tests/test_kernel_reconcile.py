@@ -20,7 +20,7 @@ from tproxyd.errors import KernelError
 from tproxyd.kernel import machine as room
 from tproxyd.kernel.desired import PRIORITY, Facts
 from tproxyd.kernel.firewall import Unknown
-from tproxyd.kernel.reconcile import Report, check, clean, install, reconcile, rules
+from tproxyd.kernel.reconcile import Report, _failure, check, clean, install, reconcile, rules
 from tproxyd.kernel.state import (
     EMPTY,
     MARK_SYSCTLS,
@@ -246,6 +246,12 @@ def test_a_failed_clean_goes_on_and_says_what_is_left(number: int) -> None:
         assert len(kernel.written) == STEPS - 1
     clean(world=kernel)
     assert state_of(kernel) == state_of(FakeKernel())
+
+
+def test_the_same_refusal_is_told_once() -> None:
+    errors = [refusal(1), refusal(1), refusal(2), refusal(2)]
+    told = str(_failure(errors, [], ()))
+    assert told.splitlines() == [str(refusal(1)), f"  also: {refusal(2)}"]
 
 
 def test_a_failed_change_keeps_the_state_that_worked() -> None:
