@@ -98,12 +98,12 @@ def test_every_state(net: Topology) -> None:
         assert header["state"] == "header"
         assert header["client"] == named(silent)
 
-        # A backlog of 0 takes one connection; SYNs behind it are dropped, and sent again and again.
         def state_of(sock: socket.socket) -> str:
             return {each["client"]: str(each["state"]) for each in rows(daemon)}.get(
                 named(sock), ""
             )
 
+        # A backlog of 0 takes one connection; SYNs behind it are dropped, and sent again and again.
         first = net.connect(V6)
         wait_for(lambda: state_of(first) == "relaying", "the first one")
         connecting = net.connect(V6)

@@ -158,6 +158,9 @@ class Generation:
 
         slot.restart = None
         slot.births += 1
+        slot.started_at = time.monotonic()  # before what may fail: the pauses count from here
+        slot.started = datetime.now(UTC).isoformat(timespec="seconds")
+        slot.last_words = ""
         try:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         except OSError as error:  # no more files
@@ -177,9 +180,6 @@ class Generation:
         keep = [theirs.fileno(), *(sock.fileno() for _, sock in slot.listeners)]
         if self.access_log.fd is not None:
             keep.append(self.access_log.fd)
-        slot.started_at = time.monotonic()
-        slot.started = datetime.now(UTC).isoformat(timespec="seconds")
-        slot.last_words = ""
         with theirs:
             try:
                 slot.pid = child.fork(lambda: self._worker(spec), keep)

@@ -83,17 +83,19 @@ class Successor:
 
     def __init__(self, files: Sequence[tuple[str, socket.socket]]) -> None:
         """`files` with their names. KernelError when there can be no more processes."""
-        with contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as always, contextlib.ExitStack() as in_vain:
             try:
                 ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-                stack.callback(theirs.close)
+                always.callback(theirs.close)
+                in_vain.callback(ours.close)
                 told, tell = os.pipe()
-                number = stack.enter_context(open(told, "rb"))
+                number = always.enter_context(open(told, "rb"))
                 given = [*files, (NAME, theirs)]
                 with open(tell, "wb"):
                     keep = [tell, *(sock.fileno() for _, sock in given)]
                     self.parent = child.fork(lambda: _stand_between(given, tell), keep)
                 self.pid = int(number.read() or b"0")
+                in_vain.pop_all()
             except OSError as error:
                 why = (error.strerror or str(error)).lower()
                 hint = "allow more processes, files or memory"

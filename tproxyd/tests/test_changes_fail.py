@@ -20,7 +20,7 @@ from tproxyd.addr import Endpoint
 from tproxyd.config import Config, Listener
 from tproxyd.errors import KernelError
 from tproxyd.flow import listen
-from tproxyd.proc import generation, picture, reconciler
+from tproxyd.proc import generation, picture, reconciler, upgrade
 from tproxyd.proc.picture import Address, Entry, Facts, Health
 from tproxyd.proc.reconciler import Kernel, Reconciler, Report, Verb
 from tproxyd.proc.sockets import Sockets
@@ -319,13 +319,18 @@ def test_no_reload_once_there_is_to_be_a_stop() -> None:
         assert not [line for line in said if "reload" in line or "kernel: install" in line]
 
 
-def test_a_worker_that_cannot_be_forked_for_want_of_files_is_tried_again() -> None:
+def test_a_worker_that_cannot_be_forked_for_want_of_files_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And not at once, however long the one before it has lived."""
+    monkeypatch.setattr(generation, "SOUND_S", 0.03)
+
     def without_files() -> None:
         real = socket.socketpair
         calls = iter(range(1000))
 
         def socketpair(*args: int) -> tuple[socket.socket, socket.socket]:
-            if args and next(calls) == 1:  # the second worker
+            if args and next(calls) in (1, 2):  # after the first worker
                 raise OSError(23, "Too many open files in system")
             return real(*args)
 
@@ -333,10 +338,28 @@ def test_a_worker_that_cannot_be_forked_for_want_of_files_is_tried_again() -> No
 
     with Daemon(before=without_files) as daemon:
         daemon.wait_ready()
+        sound = time.monotonic() + 2 * generation.SOUND_S
+        while time.monotonic() < sound:
+            daemon.get("/livez")
         os.kill(daemon.ask(), signal.SIGKILL)
-        daemon.wait_line("the next one starts")
-        daemon.wait_line("worker 0 can't be forked: Too many open files in system; the next one")
+        daemon.wait_line("the next one starts now")
+        why = "worker 0 can't be forked: Too many open files in system; the next one starts in"
+        daemon.wait_line(f"{why} 0.1 s")
+        daemon.wait_line(f"{why} 0.2 s")
         daemon.wait_line("worker 0 is ready again")
+
+
+def test_a_successor_for_which_there_are_no_files_leaves_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def pipe() -> tuple[int, int]:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(os, "pipe", pipe)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(KernelError, match="too many open files; allow more processes, files"):
+        upgrade.Successor([])
+    assert os.listdir("/proc/self/fd") == before
 
 
 # What a reload takes along ------------------------------------------------------------------------

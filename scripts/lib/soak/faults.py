@@ -19,6 +19,8 @@ from typing import Any
 from lib.daemon import Daemon, tproxyd
 from lib.waits import wait_for
 
+from soak.load import PATIENCE_S
+
 Failure = dict[str, Any]  # as app.py and load.py tell it: began, at, what, detail
 
 # Everything that a fault may lose is told within this time: a reader that stalls for 4 s notices
@@ -26,8 +28,6 @@ Failure = dict[str, Any]  # as app.py and load.py tell it: began, at, what, deta
 AFTERMATH_S = 10.0
 # Within which what a fault broke must be whole again: a worker replaced, rules healed, …
 MENDED_S = 15.0
-
-PATIENCE_S = 15.0  # load.py's
 
 WORKER_KILLED = "worker killed"
 
