@@ -14,6 +14,15 @@ from typing import Any
 PATIENCE_S = 10.0
 
 
+def patience(what: str) -> Iterator[None]:
+    """For a loop that waits for a state: `next` of it fails when that takes too long."""
+    end = time.monotonic() + PATIENCE_S
+    while time.monotonic() < end:
+        yield
+        os.sched_yield()
+    raise AssertionError(f"not within {PATIENCE_S} s: {what}")
+
+
 class Talker:
     """`stderr` is the reading end of a pipe that all its processes write to.
 

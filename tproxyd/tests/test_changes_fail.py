@@ -35,7 +35,7 @@ from tproxyd.tests.daemons import (
     worker,
 )
 from tproxyd.tests.programs import Echo, Program, echoes
-from tproxyd.tests.talker import PATIENCE_S
+from tproxyd.tests.talker import PATIENCE_S, patience
 from tproxyd.tests.test_reload import text
 from tproxyd.tests.test_upgrade import Upgradable, assert_goes_on
 
@@ -81,8 +81,9 @@ def test_a_successor_that_fails_late_leaves_what_it_was_lent(echo: Echo, tmp_pat
             program.signal(signal.SIGUSR2)
             line = program.wait_line("can't upgrade: the new process can't do this")
             assert "it is forbidden" in line
-            while program.processes() - before:  # until it has done what it does at its end
-                pass
+            waiting = patience("the new process to have done what it does at its end")
+            while program.processes() - before:
+                next(waiting)
             assert_goes_on(program)
             for _ in range(50):
                 with program.connect() as sock:
@@ -136,8 +137,9 @@ def test_one_that_hangs_when_it_is_dismissed_is_killed(echo: Echo, tmp_path: Pat
         program.signal(signal.SIGUSR2)
         pid = int(program.wait_line(r"the new process is \d+").split()[-1])
         program.wait_line("is not done after 1 s")
+        waiting = patience("it to be gone")
         while Path(f"/proc/{pid}").exists():
-            pass
+            next(waiting)
         assert_goes_on(program)
 
 
@@ -220,8 +222,9 @@ def moves_slowly(config: Config) -> Kernel:
 
 def wait_for_gate() -> None:
     """Until the test lets go: the gate is a file that it removes."""
+    waiting = patience("the gate to open")
     while os.path.exists(GATE):
-        pass
+        next(waiting)
 
 
 GATE = f"/tmp/tproxyd-test-gate-{os.getpid()}"

@@ -24,6 +24,7 @@ from tproxyd.proc.means import Kernel, Means, Report, Verb
 from tproxyd.proc.pace import CALM_S, FIRST_S, FREE_HEALS, LONGEST_S, SOON_S, Pace
 from tproxyd.proc.reconciler import State, Verdict
 from tproxyd.tests.daemons import Daemon, Quiet, say
+from tproxyd.tests.talker import patience
 
 # When to try again --------------------------------------------------------------------------------
 
@@ -307,8 +308,9 @@ def test_a_failure_is_told_once_tried_again_and_healed(here: Path) -> None:
         why = daemon.wait_readyz(503)
         assert why == f"kernel state: drift; to do: add 133; healing fails: {said}\n"
         assert daemon.status()["kernel"]["trouble"] == said
+        waiting = patience("three failures")
         while daemon.metric('tproxyd_kernel_heals_total{result="failed"}') < 3:
-            pass
+            next(waiting)
         (here / "refused").unlink()
         ring(here, "r")  # something moved that may have been in the way
         daemon.wait_line("healed in")

@@ -12,6 +12,7 @@ import pytest
 
 from tproxyd.tests.daemons import free_port
 from tproxyd.tests.programs import Echo, Program, echoes
+from tproxyd.tests.talker import patience
 
 CONFIG = """
 admin = "127.0.0.1:ADMIN"
@@ -70,13 +71,15 @@ def test_counters_go_on(echo: Echo) -> None:
                 assert echoes(sock)
                 sock.shutdown(socket.SHUT_WR)
                 assert sock.recv(1) == b""
+            waiting = patience("the end to be counted")
             while program.metric(ended) < count:
-                pass
+                next(waiting)
             assert program.metric(ended) == count
             program.signal(signal.SIGHUP)
             program.wait_line("reloaded in")
-            while len(program.status()["workers"]) > 2:  # until the old ones are gone
-                pass
+            waiting = patience("the old workers to be gone")
+            while len(program.status()["workers"]) > 2:
+                next(waiting)
             assert program.metric(ended) == count
         assert program.metric('tproxyd_reloads_total{result="done"}') == 3
 
@@ -143,14 +146,16 @@ def test_listeners_come_and_go(echo: Echo) -> None:
             program.write(text(echo))
             program.signal(signal.SIGHUP)
             program.wait_line("reloaded in")
-            while is_served(program, second):  # until the retired workers have let go of it
-                pass
+            waiting = patience("the retired workers to let go of it")
+            while is_served(program, second):
+                next(waiting)
             assert echoes(open_one)
             open_one.shutdown(socket.SHUT_WR)
             assert open_one.recv(1) == b""
         # What it has counted is not forgotten, when its last worker is gone either.
+        waiting = patience("the old workers to be gone")
         while len(program.status()["workers"]) > 2:
-            pass
+            next(waiting)
         name = 'tproxyd_connections_total{close_reason="downstream_fin",listener="more"}'
         assert program.metric(name) >= 1  # and of those that only looked
 
@@ -163,8 +168,9 @@ def test_more_or_fewer_workers(echo: Echo, first: int, then: int) -> None:
         program.write(text(echo, workers=then))
         program.signal(signal.SIGHUP)
         program.wait_line("reloaded in")
+        waiting = patience("the old workers to be gone")
         while len(program.status()["workers"]) > then:
-            pass
+            next(waiting)
         for _ in range(40):
             with program.connect() as sock:
                 assert echoes(sock)
@@ -193,8 +199,9 @@ def test_what_is_open_when_the_drain_deadline_passes_is_cut(echo: Echo) -> None:
             with pytest.raises(ConnectionResetError):
                 sock.recv(1)
         name = 'tproxyd_connections_total{close_reason="drain_timeout",listener="web"}'
+        waiting = patience("the cut to be counted")
         while program.metric(name) < 1:
-            pass
+            next(waiting)
 
 
 def test_nobody_replaces_a_retired_worker(echo: Echo) -> None:
