@@ -4,16 +4,18 @@ Each worker has a table in shared memory (proc/clients.py owns it) that it alone
 others read: no locks, no system calls, and what a killed worker had counted goes with its table.
 A worker counts first and asks afterwards: it adds the connection to its own table, then sums up
 all of them, and takes it back if that is over a limit. Two that come at once on two workers see
-each other, so a limit is never exceeded; for the last place both may be refused.
+each other, so a limit is never exceeded; for the last place both may be refused. (Workers that a
+reload retires do not see those that come: for the milliseconds in which both accept, each set has
+the limit for itself.)
 
     table    keys, 16 bytes each, 32 to a bucket; then for each key two 64-bit words:
     live     connections open now
     rate     second << 32 | new ones in it << 16 | new ones in the second before it
 
-The key is a hash of 128 bits of listener and client, keyed with a seed that the supervisor draws.
-So nobody can choose addresses that crowd a bucket or share a key, and of a million clients two
-share one by accident with a chance of 10^-27; a key read while it is being written is nobody's;
-and any text is a client, zone and all ("fe80::1%eth0").
+The key is a hash of 128 bits of the listener's name and the client, keyed with a seed that the
+supervisor draws. So nobody can choose addresses that crowd a bucket or share a key, and of a
+million clients two share one by accident with a chance of 10^-27; a key read while it is being
+written is nobody's; and any text is a client, zone and all ("fe80::1%eth0").
 
 What one process reads while another writes: a count is one aligned word, which x86-64 and arm64
 never tear. A new entry's key stands before its counts. An entry is reused when it has no
@@ -41,7 +43,7 @@ enter and leave together, with 2 workers that both have the client: 3.0 µs, 3.8
 from __future__ import annotations
 
 import _thread
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from mmap import mmap
 
@@ -66,15 +68,16 @@ def table_size(connections: int) -> int:
 
 
 class _Rule:
-    """A listener's limits, and where its keys begin."""
+    """A listener's limits, and where its keys begin: by name, for a reload may move it."""
 
     __slots__ = ("_salt", "connections", "per_s", "why_connections", "why_per_s")
 
-    def __init__(self, listener: int, limits: PerClient, seed: bytes) -> None:
+    def __init__(self, listener: str, limits: PerClient, seed: bytes) -> None:
         self.connections, self.per_s = limits.max_connections, limits.max_new_per_s
         self.why_connections = f"per_client.max_connections = {self.connections}"
         self.why_per_s = f"per_client.max_new_per_s = {self.per_s}"
-        self._salt = blake2b(digest_size=_KEY, key=seed, person=b"%d" % listener)
+        person = blake2b(listener.encode(), digest_size=blake2b.PERSON_SIZE).digest()
+        self._salt = blake2b(digest_size=_KEY, key=seed, person=person)
 
     def key(self, host: str) -> bytes:
         hashed = self._salt.copy()
@@ -85,12 +88,14 @@ class _Rule:
 class ClientCounts:
     """One worker's view: its own table, and what the others have in theirs.
 
-    `limits` are those of the listeners, in order. Where there are none, nothing is counted.
+    `limits` are those of the listeners, by name and in order. Where there are none, nothing is
+    counted.
     """
 
     def __init__(
-        self, tables: Sequence[mmap], own: int, limits: Sequence[PerClient], seed: bytes
+        self, tables: Sequence[mmap], own: int, limits: Mapping[str, PerClient], seed: bytes
     ) -> None:
+        """`tables` are all of the same size; the one at `own` is this worker's."""
         both = [(each.find, memoryview(each).cast("Q")) for each in tables]
         self._memory = tables[own]
         self._find, self._cells = both.pop(own)
@@ -98,7 +103,8 @@ class ClientCounts:
         self._counts = len(self._memory) // _ENTRY * _KEY // 8  # where they begin, in words
         self._mask = len(self._memory) // SMALLEST - 1
         self._rules = [
-            _Rule(i, each, seed) if each != PerClient() else None for i, each in enumerate(limits)
+            None if each == PerClient() else _Rule(name, each, seed)
+            for name, each in limits.items()
         ]
         self._outside: dict[bytes, list[int]] = {}  # clients whose bucket was full
         self.overflows = 0  # how often one was

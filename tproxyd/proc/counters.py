@@ -48,6 +48,14 @@ class Page:
     def samples(self) -> dict[str, Samples]:
         return samples(self.layout.cells, self.sums())
 
+    def cells(self, metric: Metric, *labels: str) -> list[memoryview]:
+        """That cell of every row, each to be read at [0]; none where the layout has it not."""
+        try:
+            i = self.layout.index(metric, *labels)
+        except KeyError:
+            return []
+        return [row[i : i + 1] for row in self.rows]
+
     def get(self, slot: int, metric: Metric) -> int:
         """The cells of `metric` in one slot, added up over its labels."""
         row = self.rows[slot]

@@ -20,7 +20,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -93,27 +93,29 @@ class Generation:
         access_log: AccessLog,
         files: int,
         heard: Callable[[int, str], bool],
-        before: Generation | None = None,
+        living: Iterable[Generation],
     ) -> None:
         """`listeners` of each slot; `access_log` is its own; `files` a process may have open.
 
         `heard` gets the pid and each word of a worker's first, and says whether it was for others.
+        `living` are the generations that live at the time, the serving one first.
         """
         access_log.tell = self.tell
         self.access_log = access_log
         self.number, self.config = number, config
         self.slots = [Slot(i, each) for i, each in enumerate(listeners)]
         self.page = counters.Page(Layout(config), len(listeners))
+        before = next(iter(living), None)
         known: Upstreams | None = None if before is None else before.upstreams
         self.upstreams: Upstreams = Upstreams(config, self.tell, known)
         self._waits = False
         self.restarts = 0
         self.leaving = False
         self.gone = asyncio.Event()  # leaving, and no worker is left
-        self._worker, self._others_heard = worker, heard
-        self._clients: ClientTables | None = None
+        self._worker, self._others_heard, self._living = worker, heard, living
+        self.clients: ClientTables | None = None
         if any(each.per_client != PerClient() for each in config.listeners):
-            self._clients = ClientTables(len(listeners), files // 2)
+            self.clients = ClientTables(len(listeners), files // 2)
         self._loop = asyncio.get_running_loop()
         self._started: asyncio.Future[None] = self._loop.create_future()
 
@@ -170,12 +172,13 @@ class Generation:
             config=self.config,
             slot=slot.number,
             listeners=slot.listeners,
-            rows=self.page.rows,
+            page=self.page,
             control=theirs,
             access_log=self.access_log.fd,
             upstreams=self.upstreams.picture,
-            clients=self._clients,
+            clients=self.clients,
             waits=self._waits,
+            elders=tuple((each.page, each.clients) for each in self._living if each is not self),
         )
         keep = [theirs.fileno(), *(sock.fileno() for _, sock in slot.listeners)]
         if self.access_log.fd is not None:
@@ -219,8 +222,8 @@ class Generation:
             slot.control.close()
             slot.control = None
         self.page.reset_gauges(slot.number)
-        if self._clients is not None:
-            self._clients.reset(slot.number)
+        if self.clients is not None:
+            self.clients.reset(slot.number)
         how = slot.last_words or ending_of(code)
         if self.leaving and code:
             log.error("worker %d (pid %d) %s", slot.number, slot.pid, how)

@@ -9,7 +9,7 @@ import logging
 import os
 import pwd
 
-from tproxyd.linux import become, capabilities, keep_only
+from tproxyd.linux import CAP_NET_RAW, CAPABILITY_NAMES, become, capabilities, keep_only
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +27,17 @@ def drop(keep: frozenset[int]) -> None:
             except OSError as error:  # a user namespace that maps only root
                 log.info("staying uid 0 (%s), with few capabilities", error.strerror)
     keep_only(keep)
+
+
+def drop_for_sockets(*, transparent: bool) -> None:
+    """Keep CAP_NET_RAW alone, where sockets are to be transparent; PermissionError without it."""
+    if transparent and CAP_NET_RAW not in capabilities():
+        raise PermissionError(
+            f"can't open transparent sockets: {CAPABILITY_NAMES[CAP_NET_RAW]} "
+            "is missing; run as root, with AmbientCapabilities=CAP_NET_RAW, or in a container"
+            " with --cap-add NET_RAW"
+        )
+    drop(frozenset((CAP_NET_RAW,)) if transparent else frozenset())
 
 
 def _user(name: str) -> pwd.struct_passwd | None:

@@ -209,7 +209,7 @@ class Supervisor:
             access_log,
             self._files,
             heard=self._heard,
-            before=self._roster.serving,
+            living=self._roster,
         )
         self._totals.add(generation.page)
         generation.upstreams.start()

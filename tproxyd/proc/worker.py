@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 import uvloop
 
 from tproxyd.addr import Client, Endpoint, Upstream
-from tproxyd.config import Config, PerClient, Via
+from tproxyd.config import Config, Listener, PerClient, Via
 from tproxyd.errors import CloseReason
 from tproxyd.flow import listen, policy
 from tproxyd.flow.announce import announcer
@@ -39,12 +39,9 @@ from tproxyd.flow.origdst import original_destination, redirected_destination
 from tproxyd.flow.record import Record
 from tproxyd.flow.relay import Limits
 from tproxyd.flow.stream import Stream
-from tproxyd.flow.tally import Layout
+from tproxyd.flow.tally import ACTIVE
 from tproxyd.linux import (
-    CAP_NET_RAW,
-    CAPABILITY_NAMES,
     AddressKinds,
-    capabilities,
     name_process,
     reset_on_close,
     rtt_and_retransmits,
@@ -53,6 +50,7 @@ from tproxyd.proc import privileges, watchdog
 from tproxyd.proc.cells import Cells, Counting
 from tproxyd.proc.clients import ClientTables
 from tproxyd.proc.control import Words
+from tproxyd.proc.counters import Page
 from tproxyd.proc.door import BATCH, Door
 from tproxyd.proc.lister import Lister, Meter
 from tproxyd.proc.workerlog import WorkerLog
@@ -77,12 +75,15 @@ class WorkerSpec:
     config: Config
     slot: int
     listeners: list[tuple[int, socket.socket]]  # (index in config.listeners, listening socket)
-    rows: list[memoryview]  # the counters of every slot, as int64; rows[slot] is ours to write
+    page: Page  # the counters of every slot; rows[slot] is ours to write
     control: socket.socket
     access_log: int | None  # a file descriptor
     # Of the listeners that have a list, the usable ones: (index in config.listeners, addresses).
     upstreams: dict[int, tuple[Endpoint, ...]] = field(default_factory=dict)
     clients: ClientTables | None = None  # where a listener has limits of a client
+    # What workers of other configurations count, who only serve what they still have: it is within
+    # the limits, too.
+    elders: tuple[tuple[Page, ClientTables | None], ...] = ()
     waits: bool = False  # nobody is accepted until the supervisor says "serve"
 
 
@@ -90,7 +91,7 @@ def run(spec: WorkerSpec) -> None:
     """Serve until drained. Exits with status 3 when it cannot start, having said why."""
     name_process(f"tproxyd/{spec.slot}")
     try:
-        drop_privileges(spec.config)
+        privileges.drop_for_sockets(transparent=spec.config.transparent)
         loop = uvloop.new_event_loop()
         worker = Worker(spec, loop)
     except Exception as error:
@@ -109,17 +110,6 @@ def run(spec: WorkerSpec) -> None:
         loop.close()
 
 
-def drop_privileges(config: Config) -> None:
-    """Keep CAP_NET_RAW, where it is needed; PermissionError when it is not there."""
-    if config.transparent and CAP_NET_RAW not in capabilities():
-        raise PermissionError(
-            f"can't open transparent sockets: {CAPABILITY_NAMES[CAP_NET_RAW]} "
-            f"is missing; run as root, with AmbientCapabilities=CAP_NET_RAW, or in a container"
-            " with --cap-add NET_RAW"
-        )
-    privileges.drop(frozenset((CAP_NET_RAW,)) if config.transparent else frozenset())
-
-
 class Worker(Sockets, Counting):
     """The World that connections live in (flow/connection.py), by real sockets and counters."""
 
@@ -135,13 +125,17 @@ class Worker(Sockets, Counting):
         self.view = self.engine.view
         self._clients: ClientCounts | None = None
         if spec.clients is not None:
-            limits = [each.per_client for each in config.listeners]
-            self._clients = ClientCounts(spec.clients.tables, spec.slot, limits, spec.clients.seed)
+            limits = {each.name: each.per_client for each in config.listeners}
+            tables = [*spec.clients.tables]
+            for _, theirs in spec.elders:
+                tables += theirs.tables if theirs is not None else ()
+            self._clients = ClientCounts(tables, spec.slot, limits, spec.clients.seed)
         self._lanes = [self._lane(i) for i in range(len(config.listeners))]
         self._doors = [Door(self, sock, self._lanes[index]) for index, sock in spec.listeners]
-        self._row = spec.rows[spec.slot]
-        self._cells = Cells(Layout(config), config)
-        self._rows = spec.rows
+        self._row = spec.page.rows[spec.slot]
+        self._cells = Cells(spec.page.layout, config)
+        # What is open of each listener that has a limit.
+        self._open = [self._open_counts(each) for each in config.listeners]
         self._log = WorkerLog(config.log, spec.access_log, loop.call_later, self)
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         free = soft - _RESERVED_FILES - len(spec.listeners)
@@ -182,6 +176,13 @@ class Worker(Sockets, Counting):
             counts_clients=listener.per_client != PerClient(),
             index=index,
         )
+
+    def _open_counts(self, listener: Listener) -> list[memoryview]:
+        """Of all workers: a limit is the listener's, however its connections are spread."""
+        if not listener.max_connections:
+            return []
+        pages = [self._spec.page, *(page for page, _ in self._spec.elders)]
+        return [cell for page in pages for cell in page.cells(ACTIVE, listener.name)]
 
     def _is_here(self, host: str) -> bool:
         return host[0] == "/" or self._kinds.kind(host) == "own"
@@ -335,8 +336,7 @@ class Worker(Sockets, Counting):
         self._active += 1
         self._row[cell] += 1
         limit = lane.listener.max_connections
-        # Summed over all workers: a limit is the listener's, however its connections are spread.
-        return not limit or sum(row[cell] for row in self._rows) <= limit
+        return not limit or sum(count[0] for count in self._open[lane.index]) <= limit
 
     def close(self, stream: Stream) -> None:
         self.engine.forget(stream)

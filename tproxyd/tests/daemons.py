@@ -71,7 +71,7 @@ def hear(spec: WorkerSpec, taken: int = 0) -> str:
 
 def worker(spec: WorkerSpec) -> None:
     """Answers each connection with its pid, counting, until told to drain or left alone."""
-    layout, row = Layout(spec.config), spec.rows[spec.slot]
+    layout, row = Layout(spec.config), spec.page.rows[spec.slot]
     spec.control.send(b"ready\n")
     sockets = [sock for _, sock in spec.listeners]
     while True:
@@ -128,8 +128,8 @@ def leaves_only_when_cut(spec: WorkerSpec) -> None:
 def sound_once(spec: WorkerSpec) -> None:
     """The first generation serves, those behind it fail."""
     cell = Layout(spec.config).index(BYTES, "received")
-    spec.rows[spec.slot][cell] += 1
-    if spec.rows[spec.slot][cell] > 1:
+    spec.page.rows[spec.slot][cell] += 1
+    if spec.page.rows[spec.slot][cell] > 1:
         spec.control.send(b"failed: no longer\n")
         sys.exit(3)
     worker(spec)
@@ -149,8 +149,8 @@ def tells_its_files(spec: WorkerSpec) -> None:
 def leaves_an_orphan(spec: WorkerSpec) -> None:
     """The first one on its slot does; the test ends that orphan."""
     cell = Layout(spec.config).index(BYTES, "received")
-    spec.rows[spec.slot][cell] += 1
-    if spec.rows[spec.slot][cell] == 1:
+    spec.page.rows[spec.slot][cell] += 1
+    if spec.page.rows[spec.slot][cell] == 1:
         orphan = os.fork()
         if orphan == 0:
             signal.alarm(60)  # whatever becomes of the test

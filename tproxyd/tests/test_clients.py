@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.util import find_spec, module_from_spec
 from typing import Any
 
 import pytest
@@ -28,7 +29,11 @@ def crew(
     workers: int, *limits: PerClient, size: int = 16 * SMALLEST, seed: bytes = bytes(SEED)
 ) -> list[ClientCounts]:
     tables = [mmap.mmap(-1, size) for _ in range(workers)]
-    return [ClientCounts(tables, i, limits, seed) for i in range(workers)]
+    return [ClientCounts(tables, i, named(*limits), seed) for i in range(workers)]
+
+
+def named(*limits: PerClient) -> dict[str, PerClient]:
+    return {f"listener {i}": each for i, each in enumerate(limits)}
 
 
 def host(number: int) -> str:
@@ -225,7 +230,7 @@ def test_every_verdict_is_the_models(steps: list[tuple[str, Any]], now: float) -
     model = Model()
 
     def worker(slot: int) -> ClientCounts:
-        return ClientCounts(tables.tables, slot, LIMITS, tables.seed)
+        return ClientCounts(tables.tables, slot, named(*LIMITS), tables.seed)
 
     workers = [worker(i) for i in range(WORKERS)]
     for step, what in steps:
@@ -321,7 +326,7 @@ def test_a_count_is_never_read_as_another_clients() -> None:
             return found
 
     mine, theirs = Meddled(-1, SMALLEST), Meddled(-1, SMALLEST)
-    limits, seed = [PerClient(max_connections=1)], bytes(SEED)
+    limits, seed = named(PerClient(max_connections=1)), bytes(SEED)
     one = ClientCounts([mine, theirs], 0, limits, seed)
     other = ClientCounts([mine, theirs], 1, limits, seed)
     assert other.enter(0, HOST, T) == ""
@@ -363,7 +368,11 @@ def test_the_seed_decides_where_a_client_is_and_all_workers_agree() -> None:
     ours = places(crew(2, limits, seed=bytes(SEED)))
     assert ours == places(crew(2, limits, seed=bytes(SEED)))
     assert ours != places(crew(2, limits, seed=b"\1" * SEED))
-    assert ClientTables(1, 1).seed != ClientTables(1, 1).seed
+    found = find_spec(ClientTables.__module__)
+    assert found is not None
+    assert found.loader is not None
+    found.loader.exec_module(elsewhere := module_from_spec(found))  # as in another process
+    assert elsewhere.ClientTables.seed != ClientTables.seed
 
 
 def test_a_table_has_twice_the_room_that_is_needed() -> None:
@@ -394,7 +403,7 @@ def fork(work: Callable[[], object]) -> int:
 
 def test_workers_that_race_never_exceed_a_limit() -> None:
     workers, rounds, attempts = 4, 400, 6
-    limits = [PerClient(max_connections=3), PerClient(max_new_per_s=3)]
+    limits = named(PerClient(max_connections=3), PerClient(max_new_per_s=3))
     tables = ClientTables(workers, 1)
     arrived = memoryview(mmap.mmap(-1, 8 * 64 * workers)).cast("Q")
     admitted = memoryview(mmap.mmap(-1, workers * rounds * 2))
@@ -425,7 +434,7 @@ def test_workers_that_race_never_exceed_a_limit() -> None:
 
 def test_a_killed_workers_connections_are_free_again() -> None:
     tables = ClientTables(2, 1)
-    limits = [PerClient(max_connections=2)]
+    limits = named(PerClient(max_connections=2))
 
     def work() -> None:
         worker = ClientCounts(tables.tables, 1, limits, tables.seed)

@@ -100,7 +100,7 @@ def proxied(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[Proxied]
         on_port = replace(config, listeners=(replace(config.listeners[0], port=port),))
         listeners = listen.open_listeners(on_port)
         page = Page(Layout(config), 1)
-        worker = Worker(WorkerSpec(config, 0, listeners, page.rows, theirs, log), loop)
+        worker = Worker(WorkerSpec(config, 0, listeners, page, theirs, log), loop)
         proxied = Proxied(worker, port, app)
         for _ in range(100):  # caches, and specialised bytecode
             proxied.serve()

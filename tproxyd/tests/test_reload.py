@@ -84,6 +84,43 @@ def test_counters_go_on(echo: Echo) -> None:
         assert program.metric('tproxyd_reloads_total{result="done"}') == 3
 
 
+OTHER = """
+[[listener]]
+name = "other"
+bind = "127.0.0.1"
+port = {port}
+upstream = ["127.0.0.1:{echo}"]
+[[listener]]
+name = "web"
+"""
+
+
+@pytest.mark.parametrize("limit", ["max_connections = 2", "per_client.max_connections = 2"])
+def test_what_retired_workers_have_open_is_within_the_limits(echo: Echo, limit: str) -> None:
+    config = f"{text(echo)}{limit}\n"
+    # The listener has another place after the reload: its name says which it is.
+    other = OTHER.format(port=free_port(), echo=echo.port)
+    then = config.replace('[[listener]]\nname = "web"\n', other)
+    with Program(config) as program:
+        program.wait_ready()
+        with program.connect() as one, program.connect() as two:
+            assert echoes(one)
+            assert echoes(two)
+            for _ in range(2):  # those before the ones before count as well
+                program.write(then)
+                program.signal(signal.SIGHUP)
+                program.wait_line("reloaded in")
+                assert is_over(program)
+            one.close()
+            waiting = patience("the old workers to notice the end")
+            while program.metric('tproxyd_connections_active{listener="web"}') != 1:
+                next(waiting)
+            with program.connect() as three:
+                assert echoes(three)
+                assert is_over(program)
+                assert echoes(two)
+
+
 def test_a_wrong_configuration_changes_nothing_and_is_told(echo: Echo) -> None:
     with Program(text(echo)) as program:
         program.wait_ready()
@@ -256,6 +293,15 @@ def test_reloads_that_come_at_once_are_made_one_after_the_other(echo: Echo) -> N
         with program.connect() as sock:
             assert echoes(sock)
         assert program.metric('tproxyd_reloads_total{result="failed"}') == 0
+
+
+def is_over(program: Program) -> bool:
+    """Whether one more connection is over a limit: it is reset."""
+    with program.connect() as sock:
+        try:
+            return not echoes(sock)
+        except (ConnectionResetError, BrokenPipeError):
+            return True
 
 
 def is_served(program: Program, port: int) -> bool:

@@ -83,7 +83,7 @@ class Running:
             self.config,
             0,
             self.listeners,
-            self.page.rows,
+            self.page,
             self._control_end,
             self._log_end,
             self.upstreams,
