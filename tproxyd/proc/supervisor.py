@@ -30,7 +30,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING
@@ -136,13 +136,18 @@ class Supervisor:
                 self._inheritance.settled(error)
             raise
         finally:
-            await self._end()
-            # A signal that came while the loop closes would be written to a closed wake-up socket.
-            ours = (*signals, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-            for number in (*ours, signal.SIGCHLD):
-                self._loop.remove_signal_handler(number)
-            for number in ours:
-                signal.signal(number, signal.SIG_IGN)
+            try:
+                await self._end()
+            finally:
+                self._hear_no_signals(signals)
+
+    def _hear_no_signals(self, signals: Iterable[int]) -> None:
+        """One that came while the loop closes would be written to a closed wake-up socket."""
+        ours = (*signals, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+        for number in (*ours, signal.SIGCHLD):
+            self._loop.remove_signal_handler(number)
+        for number in ours:
+            signal.signal(number, signal.SIG_IGN)
 
     # Start --------------------------------------------------------------------------------------
 

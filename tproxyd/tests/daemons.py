@@ -62,7 +62,10 @@ class OnLoopback:
 
 def hear(spec: WorkerSpec, taken: int = 0) -> str:
     """The next word of the supervisor's, "" at its end; or "ping", which has been answered."""
-    word = spec.control.recv(10_000).decode().strip()
+    try:
+        word = spec.control.recv(10_000).decode().strip()
+    except ConnectionResetError:  # it was killed, and had not read what we said
+        return ""
     if word == watchdog.PING:
         with suppress(BrokenPipeError):  # it was killed since
             spec.control.send(f"{watchdog.answer(taken, accepting=True)}\n".encode())

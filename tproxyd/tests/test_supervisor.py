@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import os
 import re
@@ -21,12 +22,14 @@ from tproxyd.tests.daemons import (
     Daemon,
     Systemd,
     accepts_nothing,
+    cannot_be_read,
     crashes_at_start,
     ignores_drain,
     leaves_an_orphan,
     leaves_only_when_cut,
     never_ready,
     refuses,
+    say,
     sound_once,
     tells_its_files,
 )
@@ -149,6 +152,29 @@ def test_an_admin_port_that_is_taken() -> None:
             (said,) = daemon.rest()
             assert said.startswith(f"can't listen on {taken} for the admin endpoint: ")
             assert daemon.wait() == 3
+
+
+def tells_its_wakeup_fd() -> None:
+    close = asyncio.SelectorEventLoop.close
+
+    def spy(loop: asyncio.SelectorEventLoop) -> None:
+        fd = signal.set_wakeup_fd(-1)  # what it was before
+        signal.set_wakeup_fd(fd)
+        say(f"its loop closes, and {'no' if fd < 0 else 'a'} signal is written to it")
+        close(loop)
+
+    asyncio.SelectorEventLoop.close = spy  # type: ignore[method-assign, assignment]
+
+
+def test_nothing_is_heard_once_the_loop_closes_however_it_ended() -> None:
+    """Python would say "Exception ignored when trying to write to the signal wakeup fd"."""
+    with Daemon(load=cannot_be_read, install=True, before=tells_its_wakeup_fd) as daemon:
+        said = daemon.rest()
+        assert daemon.wait() == 3
+        assert said[-2:] == [
+            "its loop closes, and no signal is written to it",
+            "can't read the kernel state: it is forbidden; ask somebody",
+        ]
 
 
 # Workers that die ---------------------------------------------------------------------------------
