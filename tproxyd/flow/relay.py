@@ -214,6 +214,8 @@ class Relay:
                     self._let_go(sink)
                 return
             except OSError as error:
+                if held:  # an RST is an end, too, and our own throws away what has not left
+                    self._let_go(sink)
                 self._reset(way, error)
                 return
             if n == 0:

@@ -49,6 +49,9 @@ class Play:
 
     def finished(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
+        if outcome.aborted:
+            held = self.client.held + self.app.held
+            assert not held, "what MSG_MORE holds back is thrown away by a close that resets"
         self.client.closed = self.app.closed = True
 
     @property

@@ -320,6 +320,19 @@ def test_what_was_sent_before_a_reset_is_delivered_first() -> None:
     assert outcome[:5] == (CloseReason.UPSTREAM_RESET, "", 0, 25, True)
 
 
+def test_an_answer_in_front_of_a_reset_arrives() -> None:
+    """Who answers and closes without having read all, as with 413, resets behind its answer."""
+    play = Play()
+    play.start()
+    play.app.far_write(5)
+    play.app.far_reset()
+    play.poll()
+    play.client.far_read(100)
+    assert play.client.far_got == 5
+    (outcome,) = play.outcomes
+    assert outcome[:5] == (CloseReason.UPSTREAM_RESET, "", 0, 5, True)
+
+
 def test_an_error_that_is_no_reset_says_what_it_was() -> None:
     """ETIMEDOUT by keep-alive, EHOSTUNREACH by ICMP."""
     play = Play()
