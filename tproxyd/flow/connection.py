@@ -259,7 +259,7 @@ def planned(
     return plan
 
 
-# What says something about the upstream, and not about us or this client.
+# What may say something about the upstream; the others are about us, or this client.
 _ITS_FAILURES = frozenset(
     (
         CloseReason.UPSTREAM_REFUSED,
@@ -302,7 +302,7 @@ def dial_one_of(
             dialled = yield from dial(plan, deadline, downstream, world, speaks)
         except UpstreamError as failure:
             its_own = failure.reason in _ITS_FAILURES
-            pause = cluster.failed(member, world.now(), its_own)
+            pause = cluster.failed(member, client, world.now(), its_own)
             if pause:
                 world.ejected(lane, upstream, pause, failure.detail)
             last = failure
@@ -313,7 +313,7 @@ def dial_one_of(
             cluster.left(upstream)
             raise
         else:
-            if cluster.connected(member):
+            if cluster.connected(member, client, world.now()):
                 world.returned(lane, upstream)
             return dialled
     raise last

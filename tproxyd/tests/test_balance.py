@@ -100,6 +100,15 @@ def test_who_is_on_this_host() -> None:
     }
 
 
+def test_an_address_that_comes_to_this_host_is_noticed() -> None:
+    ours: set[str] = set()
+    of = Cluster(replace(LISTENER, upstream=(A,)), (A,), lambda host: host in ours)
+    assert not chosen(of).here
+    ours.add(A.host)
+    assert not chosen(of, now=0.9).here
+    assert chosen(of, now=1.0).here
+
+
 def test_nobody_is_known() -> None:
     assert cluster().choose(CLIENT, (), 0.0) is None
 
@@ -107,30 +116,106 @@ def test_nobody_is_known() -> None:
 # Ejection -----------------------------------------------------------------------------------------
 
 
-def fails(of: Cluster, now: float, wanted: Endpoint = A) -> float:
-    member = chosen(of, now=now)
+def fails(of: Cluster, now: float, wanted: Endpoint = A, client: Client = CLIENT) -> float:
+    member = chosen(of, client, now)
     assert member.upstream == wanted
-    return of.failed(member, now)
+    return of.failed(member, client, now)
 
 
 def test_failures_in_a_row_eject() -> None:
     of = cluster(A)
     assert fails(of, 0.0) == 0.0
     assert fails(of, 0.0) == 1.0
-    assert of.choose(CLIENT, (), 0.9) is None
+    of.replace([A, B])
+    assert {chosen(of, now=0.9).upstream for _ in range(3)} == {B}
+
+
+def test_where_all_are_ejected_one_connection_at_a_time_tries() -> None:
+    """The one whose time is up next; whoever comes back is seen by the next client."""
+    of = cluster(A, B, eject_after=1, eject_s=60.0)
+    assert fails(of, 0.0, A) == 60.0
+    assert fails(of, 1.0, B) == 60.0
+    early = chosen(of, now=2.0)
+    assert early.upstream == A
+    second = chosen(of, now=2.0)
+    assert second.upstream == B
+    assert of.choose(CLIENT, (), 2.0) is None
+    assert of.choose(CLIENT, (early.upstream,), 2.0) is None
+    assert of.failed(early, CLIENT, 3.0) == 0.0  # nothing new
+    assert fails(of, 3.0, A) == 0.0
+    assert of.connected(second, CLIENT, 4.0)
+    assert {chosen(of, now=4.0).upstream for _ in range(3)} == {B}
+
+
+def test_one_that_tries_before_the_time_and_is_never_heard_of_again() -> None:
+    of = cluster(A, eject_after=1, eject_s=60.0, connect_timeout_s=5.0)
+    fails(of, 0.0)
+    of.left(chosen(of, now=1.0).upstream)  # its client left while it waited
+    assert of.choose(CLIENT, (), 5.9) is None
+    assert chosen(of, now=6.0).upstream == A
+
+
+# Where the upstream sees the client ---------------------------------------------------------------
+
+SEEN = replace(LISTENER, source=SourceKind.CLIENT)
+BANNED, SOUND = some_client(1), some_client(2)
+
+
+def test_what_one_client_meets_is_no_reason_while_others_are_served() -> None:
+    """A firewall at the upstream drops it, say."""
+    of = cluster(A, listener=SEEN)
+    for second in range(20):
+        assert fails(of, second, client=BANNED) == 0.0
+        of.connected(chosen(of, SOUND, second), SOUND, second)
+    for n in range(9):
+        assert fails(of, 20.0, client=BANNED) == 0.0, n
+
+
+def test_what_several_clients_meet_is() -> None:
+    of = cluster(A, listener=SEEN)
+    of.connected(chosen(of, SOUND), SOUND, 0.0)
+    assert fails(of, 1.0, client=BANNED) == 0.0
+    assert fails(of, 1.0, client=SOUND) == 1.0
+
+
+def test_so_is_what_the_only_client_meets() -> None:
+    """A balancer in front, say, that sends no header."""
+    of = cluster(A, listener=SEEN)
+    of.connected(chosen(of), CLIENT, 0.0)
+    assert [fails(of, 1.0), fails(of, 1.0)] == [0.0, 1.0]
+
+
+def test_who_is_not_served_keeps_nobody_from_trying() -> None:
+    of = cluster(A, listener=SEEN, eject_after=1, eject_s=60.0)
+    assert fails(of, 0.0, client=BANNED) == 60.0
+    assert chosen(of, BANNED, 1.0).upstream == A
+    assert of.choose(BANNED, (), 1.0) is None
+    assert of.connected(chosen(of, SOUND, 1.0), SOUND, 1.0)
+
+
+def test_who_is_not_served_spoils_no_probe() -> None:
+    """Its time was up, and of all clients it was this one that tried it: the next one may."""
+    of, not_b = cluster(A, B, listener=SEEN, eject_after=1), (Upstream(B),)
+    of.connected(chosen(of, SOUND, tried=not_b), SOUND, 0.0)
+    assert of.failed(chosen(of, BANNED, tried=not_b), BANNED, 0.0) == 1.0
+    assert of.failed(chosen(of, BANNED, 1.0, not_b), BANNED, 2.0) == 0.0
+    assert of.connected(chosen(of, SOUND, 2.0, not_b), SOUND, 2.0)
+
+
+# Ejection, by and by ------------------------------------------------------------------------------
 
 
 def test_a_success_between_them_does_not() -> None:
     of = cluster(A)
     for _ in range(5):
         assert fails(of, 0.0) == 0.0
-        assert not of.connected(chosen(of))
+        assert not of.connected(chosen(of), CLIENT, 0.0)
 
 
 def test_what_says_nothing_about_it_does_not() -> None:
     of = cluster(A)
     for _ in range(5):
-        of.failed(chosen(of), 0.0, its_own=False)
+        of.failed(chosen(of), CLIENT, 0.0, its_own=False)
     assert chosen(of).open == 1
 
 
@@ -143,10 +228,10 @@ def test_it_is_tried_by_one_connection_and_then_for_twice_as_long() -> None:
         probe = chosen(of, now=now)
         assert of.choose(CLIENT, (), now) is None  # the others wait for what comes of that
         now += 0.5
-        pauses.append(of.failed(probe, now))
+        pauses.append(of.failed(probe, CLIENT, now))
     assert pauses == [1, 2, 4, 8, 16, 32, 60, 60, 60]
     now += 60
-    assert of.connected(chosen(of, now=now))
+    assert of.connected(chosen(of, now=now), CLIENT, now)
     assert fails(of, now) == 0.0
     assert fails(of, now) == 1.0  # from the beginning
 
@@ -164,7 +249,7 @@ def test_a_probe_that_was_never_answered_is_made_again() -> None:
 def test_a_crowd_that_fails_together_ejects_once() -> None:
     of = cluster(A, B)
     crowd = [chosen(of, tried=(Upstream(B),)) for _ in range(64)]
-    assert [of.failed(member, 0.0) for member in crowd].count(1.0) == 1
+    assert [of.failed(member, CLIENT, 0.0) for member in crowd].count(1.0) == 1
     assert {chosen(of, now=0.5).upstream for _ in range(2)} == {B}
     assert {chosen(of, now=1.0).upstream for _ in range(2)} == {A, B}
 
@@ -219,10 +304,10 @@ class Books(RuleBasedStateMachine):
     def answer(self, data: st.DataObject, success: bool) -> None:
         member = self.dialling.pop(data.draw(st.integers(0, len(self.dialling) - 1)))
         if success:
-            self.of.connected(member)
+            self.of.connected(member, CLIENT, self.now)
             self.living.append(member.upstream)
         else:
-            self.of.failed(member, self.now)
+            self.of.failed(member, CLIENT, self.now)
 
     @precondition(lambda self: self.living)
     @rule(data=st.data())

@@ -83,7 +83,7 @@ def test_one_that_fails_is_left_out_and_comes_back() -> None:
     assert again.cluster is not None
     member = again.cluster.choose(Client(PEER), (), 0.0)
     assert member is not None
-    assert again.cluster.failed(member, 0.0) == 1.0
+    assert again.cluster.failed(member, Client(PEER), 0.0) == 1.0
     again.clock = 1.0
     again << dials("", str(A), where=ELSEWHERE) << f"{A} is back"
     (again << lines(("relay", FIN), ENDED)).play()

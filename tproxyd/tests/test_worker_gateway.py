@@ -17,7 +17,7 @@ import pytest
 
 from tproxyd.addr import Endpoint, PrefixSet, parse_prefix
 from tproxyd.config import HeaderPolicy, ProxyProtocol, SendProxy, SourceKind
-from tproxyd.flow.tally import CONNECTIONS, EJECTIONS, RETRIES
+from tproxyd.flow.tally import ACTIVE, CONNECTIONS, EJECTIONS, RETRIES
 from tproxyd.tests.test_worker import PATIENCE_S, Running, config, running
 
 GATEWAY: dict[str, Any] = {"name": "web", "bind": "*", "source": SourceKind.PROXY}
@@ -113,13 +113,38 @@ def test_the_next_upstream_takes_it(backend: socket.socket, closed: Endpoint) ->
 
 
 def test_all_are_ejected(closed: Endpoint) -> None:
+    """The first client that comes when one is back is served."""
     with gateway(closed, eject_after=1, eject_s=60.0) as it:
-        for _ in range(2):
+        for _ in range(3):
             with pytest.raises(ConnectionResetError), it.connect() as client:
                 client.recv(1)
-        assert it.line()["close_reason"] == "upstream_refused"
-        line = it.line()
-        assert (line["close_reason"], line["response_flags"]) == ("no_upstream", "UH")
+            assert it.line()["close_reason"] == "upstream_refused"
+        assert it.count(EJECTIONS, "web") == 1
+        with socket.create_server(closed) as back:
+            back.settimeout(PATIENCE_S)
+            with it.connect() as client:
+                end(client, accepted(back))
+
+
+def test_all_are_ejected_and_answer_nothing() -> None:
+    """One connection waits to see whether one is back; the others are not kept waiting."""
+    with (
+        socket.create_server(("127.0.0.1", 0), backlog=0) as full,
+        socket.create_connection(full.getsockname()),  # its queue has room for one
+        gateway(where(full), eject_after=1, eject_s=60.0, connect_timeout_s=0.2) as it,
+    ):
+        with pytest.raises(ConnectionResetError), it.connect() as client:
+            client.recv(1)
+        assert it.line()["close_reason"] == "upstream_timeout"
+        with it.connect() as first:
+            it.until(ACTIVE, "web", value=1)
+            with pytest.raises(ConnectionResetError), it.connect() as second:
+                second.recv(1)
+            line = it.line()
+            assert (line["close_reason"], line["response_flags"]) == ("no_upstream", "UH")
+            with pytest.raises(ConnectionResetError):
+                first.recv(1)
+        assert it.line()["close_reason"] == "upstream_timeout"
         assert it.count(EJECTIONS, "web") == 1
         assert it.count(CONNECTIONS, "web", "no_upstream") == 1
 
