@@ -343,9 +343,23 @@ def _cross_checks(config: Config, problems: list[Problem]) -> None:
         ):
             text = f"{listener.port} is the admin port too; change one of them"
             problems.append(Problem(f"listener[{i}].port", text))
+        for j, other in enumerate(config.listeners):
+            for upstream in listener.upstream:
+                if upstream.port == other.port and _comes_to(upstream.host, other.bind):
+                    text = (
+                        f'"{upstream}" is listener[{j}] itself: it would be called by us, for ever'
+                    )
+                    problems.append(Problem(f"listener[{i}].upstream", text))
     if config.table in (253, 254, 255):
         text = f"{config.table} is one of the kernel's own tables (default, main, local)"
         problems.append(Problem("table", text))
+
+
+def _comes_to(host: str, bind: str) -> bool:
+    """Whether what connects to that address comes, for certain, to a listener that is bound so."""
+    if host in ("127.0.0.1", "::1") and bind in ("", "*", "::" if ":" in host else "0.0.0.0"):
+        return True
+    return host == bind
 
 
 def _apart(one: str, other: str) -> bool:

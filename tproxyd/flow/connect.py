@@ -54,11 +54,11 @@ import os
 import socket
 from typing import Any, NamedTuple, Protocol
 
-from tproxyd.addr import Endpoint, Source, endpoint_of, is_unix
+from tproxyd.addr import Endpoint, Source, Upstream, endpoint_of, is_unix
 from tproxyd.errors import CloseReason, UpstreamError
 from tproxyd.flow.listen import KEEPALIVE_IDLE_S
 from tproxyd.flow.policy import Plan
-from tproxyd.flow.stream import Step, Stream, Wait
+from tproxyd.flow.stream import Address, Step, Stream, Wait
 from tproxyd.flow.tally import PortCause
 from tproxyd.linux import (
     IP_BIND_ADDRESS_NO_PORT,
@@ -90,6 +90,7 @@ _SECOND_LOOK_S = 0.05
 # What a kernel says that has no file descriptor, or no memory for one.
 NO_FILES = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
 _FILES_AGAIN_S = 0.1  # how soon one is asked for again
+_ROOM_AGAIN_S = 0.05  # how soon the queue of a unix socket is tried again; an engine's tick
 
 
 _INET, _INET6, _UNIX = int(socket.AF_INET), int(socket.AF_INET6), int(socket.AF_UNIX)
@@ -141,7 +142,7 @@ def dial(
     """
     client, upstream, spoof = plan.client, plan.upstream, plan.spoof
     unix = upstream.host[0] == "/"
-    where = upstream.host if unix else upstream
+    where = _address(upstream)
     for attempt in range(ATTEMPTS + plan.keep_port if spoof else 1):
         source: Source | None = None  # the kernel's choice
         while True:
@@ -168,7 +169,9 @@ def dial(
                 # 0 if an upstream on this host is there already.
                 code = stream.connect_ex(where) if plan.here else errno.EALREADY
             if code == errno.EALREADY:
-                code = yield from _unfinished(stream, plan, source, deadline, network)
+                code = yield from _unfinished(stream, where, plan, deadline, network)
+            elif code == errno.EAGAIN:
+                code = yield from _full(stream, where, deadline, downstream, network)
             if code in (0, errno.EISCONN):
                 if not unix and (source is None or source.port == 0):
                     host, port, *_ = stream.getsockname()
@@ -218,8 +221,39 @@ def _wait_for_files(
         yield Wait(downstream, until)
 
 
+def _address(upstream: Upstream) -> Address:
+    """As connect() wants it: of two parts, the zone in an address is lost (CPython's setipaddr).
+
+    OSError where there is no such interface.
+    """
+    host = upstream.host
+    if host[0] == "/":
+        return host
+    if "%" not in host:
+        return upstream
+    zone = host.partition("%")[2]  # a number where the kernel said it, a name where people did
+    return host, upstream.port, 0, int(zone) if zone.isdecimal() else socket.if_nametoindex(zone)
+
+
+def _full(
+    stream: Stream, where: Address, deadline: float, downstream: Stream, network: Network
+) -> Step[int]:
+    """Until the queue of a unix socket has room; its errno.
+
+    TCP drops a SYN that finds none, and sends it again. Here nothing tells when there is room.
+    """
+    code = errno.EAGAIN
+    while code == errno.EAGAIN:
+        now = network.now()
+        if now >= deadline:
+            return errno.ETIMEDOUT
+        yield Wait(downstream, min(deadline, now + _ROOM_AGAIN_S))
+        code = stream.connect_ex(where)
+    return code
+
+
 def _unfinished(
-    stream: Stream, plan: Plan, source: Source | None, deadline: float, network: Network
+    stream: Stream, where: Address, plan: Plan, deadline: float, network: Network
 ) -> Step[int]:
     """Wait for a connect in progress; its errno, 0 for success, EEXIST for a held tuple."""
     # Times, not a count: a spurious event, say the client's, must not use up the second look.
@@ -231,10 +265,10 @@ def _unfinished(
             if _held(stream, plan, network):
                 # Ours after all, if the handshake ended after connect: we are connected before
                 # the application's side is, so then connect knows.
-                code = stream.connect_ex(plan.upstream)
+                code = stream.connect_ex(where)
                 return errno.EEXIST if code == errno.EALREADY else code
         yield Wait(stream, min(deadline, *looks) if looks else deadline, connecting=True)
-        code = stream.connect_ex(plan.upstream)
+        code = stream.connect_ex(where)
         if code != errno.EALREADY:
             return code
         now = network.now()
@@ -262,7 +296,7 @@ def _failure(code: int, plan: Plan) -> Exception:
     what = f"connect to {plan.upstream}: {os.strerror(code)}"
     if code == errno.EACCES and is_unix(plan.upstream):
         what += f" for uid {os.geteuid()}"  # which is not the one that started us
-    if code in (errno.ECONNREFUSED, errno.EAGAIN):  # EAGAIN: the queue of a unix socket is full
+    if code == errno.ECONNREFUSED:
         return UpstreamError(CloseReason.UPSTREAM_REFUSED, what)
     if code == errno.ETIMEDOUT:
         return UpstreamError(CloseReason.UPSTREAM_TIMEOUT, what)

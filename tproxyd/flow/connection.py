@@ -21,7 +21,7 @@ from tproxyd.flow.announce import Announcer
 from tproxyd.flow.balance import Cluster
 from tproxyd.flow.connect import Dialled, Network, dial
 from tproxyd.flow.origdst import original_destination
-from tproxyd.flow.policy import Plan, Refusal, client_of, plan_for
+from tproxyd.flow.policy import OwnSockets, Plan, Refusal, client_of, is_own, plan_for
 from tproxyd.flow.proxyproto import (
     NEED_MORE,
     NOT_PROXY,
@@ -38,6 +38,7 @@ from tproxyd.flow.tally import HeaderResult
 # Of a client that is never asked for a header, what is read before its upstream is connected: a
 # request's head or a TLS hello. The rest comes through the relay.
 _AT_HAND = 16 * 1024
+_SIGNED = (V1_SIGNATURE, V2_SIGNATURE)
 
 
 class World(Network, Protocol):
@@ -69,7 +70,7 @@ class Lane:
 
     listener: Listener
     expectation: Callable[[str], HeaderPolicy | None]  # policy.trust()
-    own_ports: frozenset[int]
+    own: OwnSockets
     limits: Limits
     announce: Announcer | None = None  # the PROXY header that the upstream gets
     cluster: Cluster | None = None  # None: where the client meant to go
@@ -125,7 +126,7 @@ def serve(
             early = read_what_is_here(downstream, world)
         else:
             life.header, early = yield from read_header(downstream, expected, listener, world)
-        told = client_of(peer, life.dst, life.header, listener, lane.own_ports, world.kind_of)
+        told = client_of(peer, life.dst, life.header, listener, lane.own, world.kind_of)
         client = agreed(told, lane, life, world)
         own, said = b"", None
         if lane.announce is not None:
@@ -180,10 +181,11 @@ def read_header(
         if n is None:
             if (yield Wait(downstream, deadline)) or world.now() < deadline:
                 continue
-            if not got and expected is not HeaderPolicy.REQUIRE:
-                # It waits for the application to speak first, as SMTP and SSH clients do.
+            if expected is not HeaderPolicy.REQUIRE and not got.startswith(_SIGNED):
+                # It waits for the application to speak first, as SMTP and SSH clients do; or for
+                # its answer to what may be the first byte of a signature, and is none.
                 world.count_header("-", HeaderResult.ABSENT)
-                return None, b""
+                return None, bytes(got)
             world.count_header("-", HeaderResult.TIMEOUT)
             raise PeerError(
                 CloseReason.HEADER_TIMEOUT,
@@ -196,7 +198,7 @@ def read_header(
             world.count_header("1" if got[:1] == b"P" else "2", HeaderResult.INVALID)
             raise
         if n == 0 and header is NEED_MORE:
-            if got.startswith((V1_SIGNATURE, V2_SIGNATURE)):  # signed, and cut off
+            if got.startswith(_SIGNED):  # and cut off
                 world.count_header("1" if got[:1] == b"P" else "2", HeaderResult.INVALID)
                 raise PeerError(CloseReason.HEADER_INVALID, f"it ends after {len(got)} bytes")
             header = NOT_PROXY
@@ -233,11 +235,10 @@ def agreed(told: Client | Refusal, lane: Lane, life: Record, world: World) -> Cl
         world.count_header(str(life.header.version), HeaderResult.REFUSED if refused else named)
     if isinstance(told, Refusal):
         raise PeerError(told.reason, told.detail)
-    life.client = told
-    if lane.counts_clients:
-        limit = world.admits(lane, told)
-        if limit:
-            raise PeerError(CloseReason.CLIENT_OVERLOAD, f"{limit} for {told.host}")
+    limit = world.admits(lane, told) if lane.counts_clients else ""
+    life.client = told  # only now: what has a client has entered, and leaves in the end
+    if limit:
+        raise PeerError(CloseReason.CLIENT_OVERLOAD, f"{limit} for {told.host}")
     return told
 
 
@@ -295,7 +296,7 @@ def dial_one_of(
         if tried:
             world.count_retry(lane)
         try:
-            if member.here and upstream.port in lane.own_ports:
+            if member.here and is_own(upstream, lane.own):
                 raise PeerError(CloseReason.LOOP, f"the upstream {upstream} is our own listener")
             plan = planned(client, upstream, member.here, downstream, lane, life, world)
             deadline = world.now() + listener.connect_timeout_s

@@ -11,7 +11,7 @@ an address comes in as `kind_of` (linux.AddressKinds).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -60,20 +60,38 @@ def trust(entries: tuple[ProxyProtocol, ...]) -> Callable[[str], HeaderPolicy | 
     return expectation
 
 
+# Where we listen ourselves: the addresses of each port, 0.0.0.0 and :: for all of a family.
+OwnSockets = Mapping[int, frozenset[str]]
+
+
+def own_sockets(listeners: Iterable[Listener]) -> OwnSockets:
+    found: dict[int, frozenset[str]] = {}
+    for each in listeners:
+        hosts = ("0.0.0.0", "::") if each.bind in ("", "*") else (each.bind,)
+        found[each.port] = found.get(each.port, frozenset()).union(hosts)
+    return found
+
+
+def is_own(where: Endpoint, own: OwnSockets) -> bool:
+    """Whether a connection to there comes to us, as far as this host has the address."""
+    hosts = own.get(where.port, ())
+    return where.host in hosts or ("::" if ":" in where.host else "0.0.0.0") in hosts
+
+
 def client_of(
     peer: Peer,
     dst: OriginalDst,
     header: Header | None,
     listener: Listener,
-    own_ports: frozenset[int],
+    own: OwnSockets,
     kind_of: Callable[[str], str],
 ) -> Client | Refusal:
     """Who the client is; or why it is not served.
 
-    `own_ports` are the ports of all our listeners: a connection that was made to one of them, and
-    not taken on its way to somewhere else, would come straight back to us.
+    A connection that was made to one of our `own` sockets, and not taken on its way to somewhere
+    else, would come straight back to us.
     """
-    if dst.port in own_ports and not listener.bind:
+    if dst.port in own and not listener.bind and is_own(dst, own):
         here = listener.intercept.scope is Scope.LOCAL  # no other destinations are taken
         if here or kind_of(dst.host) == "own":
             return Refusal(CloseReason.LOOP, f"the destination {dst} is our own listener")
@@ -92,8 +110,11 @@ def plan_for(
     source = listener.source
     if source is not SourceKind.PROXY:
         fallback = ""
-        if (":" in client.host) != (":" in upstream.host):
+        v6 = ":" in upstream.host
+        if (":" in client.host) != v6:
             fallback = "family"
+        elif v6 and (_is_link_local(client.host) or _is_link_local(upstream.host)):
+            fallback = "link-local"  # it binds a socket to its interface: no answer comes by lo
         elif not here and client.host == upstream.host:
             fallback = "hairpin"  # no host takes packets that come from outside as from itself
         elif not here and parse_ip(client.host).is_loopback:
@@ -103,6 +124,10 @@ def plan_for(
             return Plan(client, upstream, True, "", here, keep, "", door)
         return Plan(client, upstream, False, fallback, here, False, own_source(listener, upstream))
     return Plan(client, upstream, False, "", here, False, own_source(listener, upstream))
+
+
+def _is_link_local(host: str) -> bool:
+    return "%" in host or parse_ip(host).is_link_local
 
 
 def own_source(listener: Listener, upstream: Upstream) -> str:

@@ -161,7 +161,7 @@ class LogFailure(StrEnum):
 # Why a connection is not made as the client (policy.plan_for): the upstream has an address of the
 # other IP version only; it is on the client's own host; or the client is on our loopback and it is
 # elsewhere.
-FALLBACKS = ("family", "hairpin", "loopback")
+FALLBACKS = ("family", "hairpin", "loopback", "link-local")
 
 # Upper bounds in seconds. A local connect takes tens to hundreds of µs (the whole handshake runs
 # inside it), a LAN one under a millisecond; 1 s and 3 s are the first SYN retransmissions.

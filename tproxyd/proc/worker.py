@@ -163,7 +163,7 @@ class Worker(Sockets, Counting):
         return Lane(
             listener=listener,
             expectation=policy.trust(listener.proxy_protocol),
-            own_ports=frozenset(each.port for each in config.listeners),
+            own=policy.own_sockets(config.listeners),
             limits=Limits(listener.idle_timeout_s, listener.half_close_timeout_s),
             announce=announcer(listener.send_proxy, listener.send_tlvs, os.urandom),
             cluster=(

@@ -46,7 +46,7 @@ from tproxyd.flow.policy import Plan
 from tproxyd.flow.proxyproto import encode_v2
 from tproxyd.flow.record import Record
 from tproxyd.flow.relay import Limits
-from tproxyd.flow.stream import Bytes, Stream, Wait
+from tproxyd.flow.stream import Address, Bytes, Stream, Wait
 from tproxyd.flow.tally import HeaderResult, PortCause
 from tproxyd.flow.tlv import Tlv
 from tproxyd.tests.tcpmodel import Outcome
@@ -134,12 +134,12 @@ class FakeStream:
         host, port = address
         self.local = Endpoint(host, port)
 
-    def connect_ex(self, address: Endpoint | str) -> int:
+    def connect_ex(self, address: Address) -> int:
         self._open()
         if isinstance(address, str):
             answer: int = self.book.call(f"connect {Endpoint(address, 0)}")
             return answer
-        answer = self.book.call(f"connect {Endpoint(*address)}")
+        answer = self.book.call(f"connect {Endpoint(*address[:2])}")
         if self.local is None:
             self.local = Endpoint("fd00::1" if ":" in address[0] else "10.9.1.1", KERNEL_PORT)
         elif self.local.port == 0:
@@ -191,7 +191,7 @@ class Playbook:
         source: str = "client",
         peer: Endpoint = PEER,
         dst: Endpoint | OSError = APP,
-        own_ports: Iterable[int] = (15006,),
+        own: Iterable[Listener] = (Listener(),),
         kinds: dict[str, str] | None = None,  # linux.AddressKinds: host -> "own", "broadcast"
         full: bool = False,
         max_header_bytes: int = 4096,
@@ -223,7 +223,7 @@ class Playbook:
         self.lane = Lane(
             listener,
             policies.trust(entries),
-            frozenset(own_ports),
+            policies.own_sockets(own),
             Limits(3600.0, 60.0),
             announcer(SendProxy(send_proxy), send_tlvs, bytes),
             self.cluster,

@@ -289,6 +289,28 @@ def test_half_a_header_is_not_waited_for_for_ever(policy: str) -> None:
     assert life.detail.startswith("5 bytes")
 
 
+@pytest.mark.parametrize("policy", ["optional", "reject"])
+@pytest.mark.parametrize("said", [b"P", b"\r\n"])
+def test_what_may_begin_a_signature_and_goes_no_further_is_payload(
+    policy: str, said: bytes
+) -> None:
+    """Somebody presses Enter, and waits for the application's answer."""
+    (
+        Playbook(policy=policy)
+        << "client recv"
+        >> said
+        << "client recv"
+        >> NOTHING
+        << "wait for client until 5"
+        >> False
+        << "count header - absent"
+        << dials(AS_PEER)
+        << f"relay, first {said!r}"
+        >> FIN
+        << ENDED
+    ).play()
+
+
 def test_a_wait_that_ends_early_for_no_reason() -> None:
     (
         Playbook(policy="require")

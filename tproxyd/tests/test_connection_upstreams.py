@@ -11,7 +11,18 @@ import pytest
 from tproxyd.addr import Client, Endpoint, Upstream
 from tproxyd.config import Listener
 from tproxyd.errors import CloseReason
-from tproxyd.tests.playbook import AS_PEER, ENDED, FIN, PEER, V1, Cut, Playbook, dials, lines
+from tproxyd.tests.playbook import (
+    AS_PEER,
+    ENDED,
+    FIN,
+    PEER,
+    V1,
+    Cut,
+    Passed,
+    Playbook,
+    dials,
+    lines,
+)
 
 A, B, C = (Endpoint(f"10.0.0.{n}", 80) for n in (1, 2, 3))
 HERE = Endpoint("10.0.0.8", 80)
@@ -21,13 +32,14 @@ REFUSED = errno.ECONNREFUSED
 
 
 def gateway(*upstreams: Endpoint, source: str = "proxy", **more: Any) -> Playbook:  # noqa: ANN401
-    listener = {"eject_after": 0, **more}
+    options = {"name": "web", "bind": "*", "port": 8000, "eject_after": 0, **more}
+    listener = Listener(upstream=upstreams, **options)
     return Playbook(
         source=source,
         dst=Endpoint("10.9.1.1", 8000),
-        own_ports=(8000,),
+        own=(listener,),
         kinds={HERE.host: "own"},
-        listener=Listener(name="web", bind="*", port=8000, upstream=upstreams, **listener),
+        listener=listener,
         upstreams=upstreams,
     )
 
@@ -141,6 +153,13 @@ def test_an_upstream_that_is_our_own_listener() -> None:
     assert life.detail == "the upstream 10.0.0.8:8000 is our own listener"
 
 
+def test_another_address_of_this_host_on_the_port_of_our_own() -> None:
+    """In front of an application on 127.0.0.1:443, say, bound to 443 of the public one."""
+    there = Endpoint(HERE.host, 8000)
+    book = gateway(there, bind="10.9.1.1") << dials("", str(there))
+    (book << lines(("relay", FIN), ENDED)).play()
+
+
 def test_a_unix_socket() -> None:
     book = gateway(UNIX) << lines("socket unix as proxy", (f"connect {UNIX}", 0))
     life = (book << lines(("relay", FIN), ENDED)).play()
@@ -154,12 +173,27 @@ def test_a_unix_socket() -> None:
         (errno.ENOENT, "upstream_unreachable"),
         (errno.EACCES, "upstream_unreachable"),
         (errno.ECONNREFUSED, "upstream_refused"),
-        (errno.EAGAIN, "upstream_refused"),
     ],
 )
 def test_a_unix_socket_that_does_not_answer(code: int, reason: str) -> None:
     book = gateway(UNIX) << lines("socket unix as proxy", (f"connect {UNIX}", code))
     (book << "close upstream" << f"end client by RST: {reason}").play()
+
+
+def test_a_unix_socket_whose_queue_is_full_is_waited_for() -> None:
+    full = (f"connect {UNIX}", errno.EAGAIN)
+    book = gateway(UNIX) << lines("socket unix as proxy", full)
+    book << lines(("wait for client until 0.05", Passed(0.05, happened=False)), full)
+    book << lines(("wait for client until 0.1", Passed(0.01)), (f"connect {UNIX}", 0))
+    (book << lines(("relay", FIN), ENDED)).play()
+
+
+def test_and_not_longer_than_for_any_other() -> None:
+    full = (f"connect {UNIX}", errno.EAGAIN)
+    book = gateway(UNIX, connect_timeout_s=0.06) << lines("socket unix as proxy", full)
+    book << lines(("wait for client until 0.05", Passed(0.05, happened=False)), full)
+    book << lines(("wait for client until 0.06", Passed(0.01, happened=False)), full)
+    (book << "close upstream" << "end client by RST: upstream_timeout").play()
 
 
 def test_no_free_port_says_nothing_about_the_upstream() -> None:

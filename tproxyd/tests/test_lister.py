@@ -61,7 +61,7 @@ class Scene:
         self.far += [client, app]
         life = Record(LISTENER, Peer(Endpoint("10.0.0.1", number)), self.engine.now - number, 0.0)
         life.dst = OriginalDst(Endpoint("10.0.0.2", 80))
-        lane = Lane(LISTENER, lambda _: None, frozenset(), Limits(0, 60))
+        lane = Lane(LISTENER, lambda _: None, {}, Limits(0, 60))
         relay = Passage(lane, life, self.world, (downstream, upstream), b"", 0)  # type: ignore[arg-type]
         relay.start(self.engine)
         relay.up.delivered = number

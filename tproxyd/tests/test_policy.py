@@ -18,7 +18,7 @@ from tproxyd.addr import (
 )
 from tproxyd.config import HeaderPolicy, Intercept, Listener, ProxyProtocol, Scope, SourceKind, Via
 from tproxyd.errors import CloseReason
-from tproxyd.flow.policy import Plan, Refusal, client_of, plan_for, trust
+from tproxyd.flow.policy import Plan, Refusal, client_of, is_own, own_sockets, plan_for, trust
 from tproxyd.flow.proxyproto import Header, encode_v2, parse
 
 PEER = Peer(Endpoint("10.9.1.2", 40000))
@@ -26,7 +26,8 @@ DST = OriginalDst(Endpoint("10.9.1.1", 80))
 DST6 = OriginalDst(Endpoint("fd00::1", 80))
 FAR = Endpoint("106.52.131.116", 51234)
 FAR6 = Endpoint("2001:db8::7", 51234)
-OWN_PORTS = frozenset({15006, 15007})
+OWN_PORTS = {15006, 15007}
+OWN = own_sockets(Listener(port=port) for port in OWN_PORTS)
 
 hosts = st.ip_addresses().map(str).map(fold)
 
@@ -48,7 +49,7 @@ def plan(
 ) -> Plan | Refusal:
     """The two questions, one after the other, for where the client meant to go on this host."""
     listener = Listener(source=SourceKind(source))
-    client = client_of(peer, dst, claim, listener, OWN_PORTS, lambda _host: kind)
+    client = client_of(peer, dst, claim, listener, OWN, lambda _host: kind)
     if isinstance(client, Refusal):
         return client
     return plan_for(client, Upstream(dst), listener, here=True)
@@ -169,6 +170,16 @@ def test_a_loopback_address_stays_on_its_host(client: str, dst: OriginalDst) -> 
     assert plan_for(who, Upstream(dst), listener, here=True).spoof
 
 
+@pytest.mark.parametrize(
+    ("client", "dst"),
+    [("fe80::1%eth0", "fd00::1"), ("fe80::1", "fd00::1"), ("fd00::2", "fe80::2%eth0")],
+)
+def test_a_link_local_address_belongs_to_its_link(client: str, dst: str) -> None:
+    who, there = Client(Endpoint(client, 40000)), Upstream(Endpoint(dst, 80))
+    told = plan_for(who, there, Listener(), here=True)
+    assert told == Plan(who, there, spoof=False, fallback="link-local", here=True)
+
+
 def test_a_backend_that_is_the_client_sees_the_proxy() -> None:
     """It would take its own address, coming from outside, for a forgery."""
     listener, who = Listener(bind="*"), Client(Endpoint(DST.host, 40000))
@@ -197,13 +208,30 @@ def test_a_loop(port: int, claim: Header | None) -> None:
 
 
 def asked(listener: Listener, dst: Endpoint, kind: str) -> Client | Refusal:
-    return client_of(PEER, OriginalDst(dst), None, listener, OWN_PORTS, lambda _host: kind)
+    return client_of(PEER, OriginalDst(dst), None, listener, OWN, lambda _host: kind)
 
 
 def test_our_port_on_another_host_is_no_loop() -> None:
     listener, dst = Listener(intercept=FORWARD), Endpoint("10.9.1.1", 15006)
     assert asked(listener, dst, "") == Client(PEER)
     assert isinstance(asked(listener, dst, "own"), Refusal)
+
+
+@pytest.mark.parametrize(
+    ("bind", "ours", "not_ours"),
+    [
+        ("", ["10.9.1.1", "fd00::1"], []),
+        ("*", ["10.9.1.1", "fd00::1"], []),
+        ("0.0.0.0", ["10.9.1.1", "127.0.0.1"], ["fd00::1"]),
+        ("::", ["fd00::1", "::1"], ["10.9.1.1"]),
+        ("10.9.1.1", ["10.9.1.1"], ["10.9.1.2", "127.0.0.1", "fd00::1"]),
+    ],
+)
+def test_where_we_listen_ourselves(bind: str, ours: list[str], not_ours: list[str]) -> None:
+    own = own_sockets([Listener(bind=bind, port=80), Listener(bind="192.0.2.1", port=80)])
+    assert all(is_own(Endpoint(host, 80), own) for host in [*ours, "192.0.2.1"])
+    assert not any(is_own(Endpoint(host, 80), own) for host in not_ours)
+    assert not any(is_own(Endpoint(host, 81), own) for host in ours)
 
 
 def test_an_ordinary_listener_is_meant_to_be_connected_to() -> None:
