@@ -142,7 +142,9 @@ def dial(
     """
     client, upstream, spoof = plan.client, plan.upstream, plan.spoof
     unix = upstream.host[0] == "/"
-    where = _address(upstream)
+    where: Address = upstream.host if unix else upstream
+    if "%" in upstream.host and not unix:
+        where = _in_zone(upstream)
     for attempt in range(ATTEMPTS + plan.keep_port if spoof else 1):
         source: Source | None = None  # the kernel's choice
         while True:
@@ -221,18 +223,14 @@ def _wait_for_files(
         yield Wait(downstream, until)
 
 
-def _address(upstream: Upstream) -> Address:
+def _in_zone(upstream: Upstream) -> Address:
     """As connect() wants it: of two parts, the zone in an address is lost (CPython's setipaddr).
 
     OSError where there is no such interface.
     """
-    host = upstream.host
-    if host[0] == "/":
-        return host
-    if "%" not in host:
-        return upstream
-    zone = host.partition("%")[2]  # a number where the kernel said it, a name where people did
-    return host, upstream.port, 0, int(zone) if zone.isdecimal() else socket.if_nametoindex(zone)
+    zone = upstream.host.partition("%")[2]  # a number if the kernel said it, a name if people did
+    scope = int(zone) if zone.isdecimal() else socket.if_nametoindex(zone)
+    return upstream.host, upstream.port, 0, scope
 
 
 def _full(
@@ -343,6 +341,9 @@ class Sockets:
         sock = socket.SocketType(_INET6 if v6 else _INET, _STREAM)
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # Or recv would leave out an urgent byte (telnet's and FTP's interrupts): it goes on in
+            # its place, as an ordinary one.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
             if speaks:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
             if not here:  # when an upstream on this host goes, its kernel tells

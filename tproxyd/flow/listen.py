@@ -7,7 +7,8 @@ also outlive a configuration, and the program itself (proc/sockets.py): what dep
 set anew each time (`prepare`).
 
 What is set on a listener is inherited by what it accepts and costs nothing per connection
-(inet_csk_clone_lock copies the socket): IP_TRANSPARENT, the mark, TCP_NODELAY, keep-alive.
+(inet_csk_clone_lock copies the socket): IP_TRANSPARENT, the mark, TCP_NODELAY, SO_OOBINLINE,
+keep-alive.
 
 IPv4 and IPv6 have sockets of their own (IPV6_V6ONLY), so families never mix on the wire and a
 machine without IPv6 just has one socket less.
@@ -138,6 +139,7 @@ def _set_options(sock: socket.socket, listener: Listener, config: Config) -> Non
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)  # as in connect.py
 
 
 def _failure(error: OSError, listener: Listener, config: Config, where: Endpoint) -> KernelError:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 
 from tproxyd.flow.stream import Stream
 
@@ -21,6 +22,7 @@ from tproxyd.flow.stream import Stream
 PIPE_SIZE = 256 * 1024
 # Per worker: as many bulk streams may stall at once before others are copied.
 MAX_PIPES = 16
+_AGAIN_S = 10.0  # how soon the kernel is asked again for what it had refused
 _FLAGS = os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE
 
 
@@ -64,19 +66,21 @@ class Pipes:
     def __init__(self) -> None:
         self._free: list[Pipe] = []
         self._more = MAX_PIPES  # may still be made
+        self._refused_until = 0.0  # time.monotonic()
 
     def lease(self) -> Pipe | None:
         """An empty pipe, if there is one to be had."""
         if self._free:
             return self._free.pop()
-        if not self._more:
+        if not self._more or time.monotonic() < self._refused_until:
+            return None
+        try:
+            pipe = Pipe()
+        except OSError:  # what there is must do: asking each time would cost more than a copy
+            self._refused_until = time.monotonic() + _AGAIN_S
             return None
         self._more -= 1
-        try:
-            return Pipe()
-        except OSError:  # what there is must do: asking again and again would cost more than a copy
-            self._more = 0
-            return None
+        return pipe
 
     def give_back(self, pipe: Pipe) -> None:
         """It is free again; what it holds is thrown away."""

@@ -422,15 +422,21 @@ def test_its_memory_is_free_when_it_is_over() -> None:
 def test_idle() -> None:
     play = Play()
     play.start()
-    assert play.driver.due == 100.0
-    play.driver.now = 60.0
+    assert play.driver.due == 30.0  # it looks on the way,
+    for play.driver.now, due in ((30.0, 60.0), (60.0, 90.0), (90.0, 100.0)):
+        play.relay.on_timer(play.driver.now)
+        assert play.driver.due == due
     play.client.far_write(1)
     play.poll()
     assert play.driver.due == 100.0  # activity moves no timer,
+    play.driver.now = 100.0
     play.relay.on_timer(100.0)
-    assert play.driver.due == 160.0  # the timer looks when it falls due
+    assert play.driver.due == 130.0
+    play.driver.now = 190.0 - 1
+    play.relay.on_timer(play.driver.now)
+    assert play.driver.due == 190.0  # and it is a hundred seconds after the last byte
     assert not play.over
-    play.relay.on_timer(160.0)
+    play.relay.on_timer(190.0)
     assert play.outcomes[0][:2] == (CloseReason.IDLE_TIMEOUT, "nothing moved for 100 s")
     assert play.outcomes[0].aborted
 

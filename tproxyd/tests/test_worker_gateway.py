@@ -205,6 +205,19 @@ def test_a_unix_socket(kind: SendProxy) -> None:
             assert line["close_reason"] == "downstream_fin"
 
 
+def test_an_urgent_byte_stays_in_its_place(backend: socket.socket) -> None:
+    """Telnet's and FTP's interrupts: what reads a command without it reads another one."""
+    with gateway(where(backend)) as it, it.connect() as client:
+        app = accepted(backend)
+        for one, other in ((client, app), (app, client), (client, app)):
+            one.sendall(b"abc")
+            one.send(b"!", socket.MSG_OOB)
+            one.sendall(b"def")
+            assert receive(other, 7) == b"abc!def"
+        end(client, app)
+        assert it.line()["bytes_received"] == 14
+
+
 def test_a_unix_socket_that_is_not_there(tmp_path: Path) -> None:
     with gateway(Endpoint(str(tmp_path / "none.sock"), 0)) as it:
         with pytest.raises(ConnectionResetError), it.connect() as client:
