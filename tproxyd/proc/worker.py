@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import gc
 import json
 import logging
@@ -28,12 +27,12 @@ import uvloop
 from tproxyd.addr import Client, Endpoint, Upstream
 from tproxyd.config import Config, Listener, PerClient, Via
 from tproxyd.errors import CloseReason
-from tproxyd.flow import listen, policy
+from tproxyd.flow import policy
 from tproxyd.flow.announce import announcer
 from tproxyd.flow.balance import Cluster
 from tproxyd.flow.clients import ClientCounts
-from tproxyd.flow.connect import NO_FILES, Sockets
-from tproxyd.flow.connection import Lane, serve
+from tproxyd.flow.connect import Sockets
+from tproxyd.flow.connection import Lane
 from tproxyd.flow.engine import Engine, give_up
 from tproxyd.flow.origdst import original_destination, redirected_destination
 from tproxyd.flow.record import Record
@@ -51,7 +50,7 @@ from tproxyd.proc.cells import Cells, Counting
 from tproxyd.proc.clients import ClientTables
 from tproxyd.proc.control import Words
 from tproxyd.proc.counters import Page
-from tproxyd.proc.door import BATCH, Door
+from tproxyd.proc.door import Doors
 from tproxyd.proc.lister import Lister, Meter
 from tproxyd.proc.workerlog import WorkerLog
 
@@ -60,11 +59,6 @@ log = logging.getLogger(__name__)
 # File descriptors that are neither connections nor listeners: 16 pipes (flow/pipes.py), the loop,
 # the engine, netlink, control and log take some 45.
 _RESERVED_FILES = 64
-# How soon accepting is tried again when the kernel, not our own limit, had refused a descriptor.
-_RETRY_ACCEPT_S = 0.1
-# And where it was the upstream's: behind clients that ask for theirs every tenth of a second, and a
-# tick of their timers.
-_STAND_BACK_S = 0.2
 _PING = f"{watchdog.PING}\n".encode()
 
 
@@ -131,7 +125,6 @@ class Worker(Sockets, Counting):
                 tables += theirs.tables if theirs is not None else ()
             self._clients = ClientCounts(tables, spec.slot, limits, spec.clients.seed)
         self._lanes = [self._lane(i) for i in range(len(config.listeners))]
-        self._doors = [Door(self, sock, self._lanes[index]) for index, sock in spec.listeners]
         self._row = spec.page.rows[spec.slot]
         self._cells = Cells(spec.page.layout, config)
         # What is open of each listener that has a limit.
@@ -139,14 +132,14 @@ class Worker(Sockets, Counting):
         self._log = WorkerLog(config.log, spec.access_log, loop.call_later, self)
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         free = soft - _RESERVED_FILES - len(spec.listeners)
-        self._capacity = max(1, free // 2)  # connections: two sockets each
-        self._active = 0
-        self._listening = False
+        capacity = max(1, free // 2)  # connections: two sockets each
+        listeners = [(sock, self._lanes[index]) for index, sock in spec.listeners]
+        self._doors = Doors(self.engine, loop.call_later, listeners, capacity, self, self._paused)
+        self.out_of_files = self._doors.out_of_files
         self._draining = False
-        self._waiting = spec.waits
         self._words = Words(spec.control)
-        self._standing_back: asyncio.TimerHandle | None = None
-        self._resume_accepting()
+        if not spec.waits:
+            self._doors.open()
         # Stopping is the supervisor's decision. Ctrl-C and systemd signal the whole group at once,
         # and a worker that left early would leave clients before interception has ended.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -194,61 +187,8 @@ class Worker(Sockets, Counting):
         self._kinds.close()
         super().finish()
 
-    # Accepting ---------------------------------------------------------------------------------
-
-    def _resume_accepting(self) -> None:
-        if self._listening or self._draining or self._active >= self._capacity:
-            return
-        if self._waiting or self._standing_back is not None:
-            return
-        self._listening = True
-        for door in self._doors:
-            self.engine.listen(door.sock, door)
-
-    def _pause_accepting(self) -> None:
-        if self._listening:
-            self._listening = False
-            for door in self._doors:
-                self.engine.unlisten(door.sock)
-
-    def accept(self, door: Door, count: int) -> bool:
-        """Take up to so many waiting connections; whether there may be more.
-
-        Out of file descriptors, accepting pauses: what waits in the queue stays there, and is
-        served when a connection has ended or, where the kernel's limit was met first, soon after.
-        """
-        for _ in range(count):
-            if self._active >= self._capacity:
-                self._row[self._cells.accept_pauses] += 1
-                self._pause_accepting()
-                return False
-            try:
-                downstream, peer = listen.accept(door.sock)
-            except BlockingIOError:
-                return False
-            except OSError as error:
-                if error.errno == errno.EINVAL:
-                    return False  # it listens no more: somebody has shut it down
-                if error.errno not in NO_FILES:
-                    continue  # that one connection failed before it was ours (accept(2))
-                self._row[self._cells.accept_pauses] += 1
-                self._pause_accepting()
-                self._loop.call_later(_RETRY_ACCEPT_S, self._resume_accepting)
-                return False
-            self.engine.start(serve(downstream, peer, door.lane, self))
-        return True
-
-    def out_of_files(self) -> None:
-        if self._standing_back is not None:
-            self._standing_back.cancel()
-        elif self._listening:
-            self._row[self._cells.accept_pauses] += 1
-        self._pause_accepting()
-        self._standing_back = self._loop.call_later(_STAND_BACK_S, self._come_forward)
-
-    def _come_forward(self) -> None:
-        self._standing_back = None
-        self._resume_accepting()
+    def _paused(self) -> None:
+        self._row[self._cells.accept_pauses] += 1
 
     # Ending ------------------------------------------------------------------------------------
 
@@ -270,8 +210,7 @@ class Worker(Sockets, Counting):
         if verb == "log\n":
             self._log.use(fds)
         elif verb == "serve\n":
-            self._waiting = False
-            self._resume_accepting()
+            self._doors.open()
         elif verb == "upstreams":
             for index, upstreams in json.loads(words[0]).items():
                 cluster = self._lanes[int(index)].cluster
@@ -283,45 +222,34 @@ class Worker(Sockets, Counting):
         else:
             if not data:  # the supervisor is gone
                 self._loop.remove_reader(self._spec.control.fileno())
-            every = set(range(len(self._doors)))
+            every = set(range(len(self._spec.listeners)))
             self._drain(self._spec.config.drain_timeout_s, "stop", every, shut=bool(data))
             if verb == "cut\n":
                 self._cut("the stop was cut short")
 
     def _pulse(self) -> bytes:
         taken = sum(self._row[cell] for cell in self._cells.taken)
-        return f"{watchdog.answer(taken, self._listening)}\n".encode()
+        return f"{watchdog.answer(taken, self._doors.accepting)}\n".encode()
 
     def _drain(self, limit: float, why: str, gone: set[int], *, shut: bool = True) -> None:
-        """Take no more connections, and leave when all are done, after `limit` seconds at most.
+        """Take no more connections (Doors.leave), and end when all are done.
 
-        Of our listening sockets those in `gone` are nobody's from here on: what waits in their
-        queues is served, and then the kernel refuses whoever comes. The queues of the others are
-        served by others. Without the supervisor nobody knows: what waits is served, and a queue
-        that lives on (in systemd's keeping) is the next one's.
+        After `limit` seconds at the latest.
         """
         if self._draining:
             return
-        for i, door in enumerate(self._doors):
-            while i in gone and self.accept(door, BATCH):
-                pass
-        self._pause_accepting()
-        for i, door in enumerate(self._doors):
-            if shut and i in gone:
-                # The supervisor has it open too: this makes the kernel refuse all the same.
-                with contextlib.suppress(OSError):
-                    door.sock.shutdown(socket.SHUT_RD)
-            door.sock.close()
         self._draining = True
+        self._doors.leave(gone, shut=shut)
         self._loop.call_later(limit, self._cut, f"still open {limit:g} s after the {why}")
         self._leave_if_done()
 
     def _leave_if_done(self) -> None:
-        if self._draining and not self._active:
+        if self._doors.done:
             self._loop.stop()
 
     def _cut(self, why: str) -> None:
         """End what is still open."""
+        self._doors.give_up()
         self.engine.cut(CloseReason.DRAIN_TIMEOUT, why)
 
     # World: what connections ask for -------------------------------------------------------------
@@ -333,7 +261,7 @@ class Worker(Sockets, Counting):
 
     def opened(self, lane: Lane) -> bool:
         cell = self._cells.active[lane.index]
-        self._active += 1
+        self._doors.active += 1
         self._row[cell] += 1
         limit = lane.listener.max_connections
         return not limit or sum(count[0] for count in self._open[lane.index]) <= limit
@@ -386,9 +314,9 @@ class Worker(Sockets, Counting):
             row[cells.sent] += life.sent
             if self._log.tell is not None:
                 self._log.tell(life)
-            self._active -= 1
-            if not self._listening:
-                self._resume_accepting()
+            self._doors.active -= 1
+            if not self._doors.accepting:
+                self._doors.resume()
                 self._leave_if_done()
         except MemoryError:
             give_up()  # half of this may be done
