@@ -297,11 +297,11 @@ def test_reloads_that_come_at_once_are_made_one_after_the_other(echo: Echo) -> N
 
 def is_over(program: Program) -> bool:
     """Whether one more connection is over a limit: it is reset."""
-    with program.connect() as sock:
-        try:
+    try:
+        with program.connect() as sock:
             return not echoes(sock)
-        except (ConnectionResetError, BrokenPipeError):
-            return True
+    except (ConnectionResetError, BrokenPipeError):
+        return True
 
 
 def is_served(program: Program, port: int) -> bool:
