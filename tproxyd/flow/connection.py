@@ -2,9 +2,9 @@
 
 `serve` is a generator: it yields what it waits for and is resumed by the engine (stream.py says
 how), so the story stays straight, and a test drives it without sockets. Most walks never wait. It
-ends in the relay, two plain objects that live on without it; so nothing of the walk is kept, nor of
-what it has read, while a connection is open. Whatever happens on the way, there is exactly one
-record in the end, with exactly one close reason.
+ends in the relay, two plain objects that live on without it; so nothing of the walk is kept while
+a connection is open, and of what it has read no more than its record needs, the header. Whatever
+happens on the way, there is exactly one record in the end, with exactly one close reason.
 """
 
 from __future__ import annotations
