@@ -6,11 +6,16 @@ answers come back through the gateway; or it does not arrive, and the gateway's 
 
 from __future__ import annotations
 
+import select
+import socket
+from collections import Counter
+
 import pytest
 from lib.daemon import Daemon
-from lib.gateway import GATEWAY_PORT, at, backend, end, through, to_neighbour
-from lib.streams import Receiving, Sending, assert_talks, pattern
-from lib.topology import Family, Pair, Topology, seen_port
+from lib.gateway import GATEWAY_PORT, at, backend, end, through, to_neighbour, trusting
+from lib.headers import v1
+from lib.streams import Receiving, Sending, assert_talks, pattern, receive, was_reset
+from lib.topology import V6, Family, Pair, Topology, seen_port
 
 
 def test_without_anything_the_backend_sees_the_gateway(net: Topology, family: Family) -> None:
@@ -169,3 +174,42 @@ def test_a_backend_that_is_black_holed(net: Topology, family: Family) -> None:
         assert first["upstreams_failed"][0]["why"].endswith("Connection timed out")
         assert first["duration"] >= 300
         assert second["upstreams_failed"] is None  # it is ejected
+
+
+def test_whom_the_backends_turn_away_takes_them_from_nobody(net: Topology, family: Family) -> None:
+    """They see the clients' addresses, and have a firewall that drops what comes from one."""
+    v6 = family is V6
+    banned, sound = ("2001:db8::66", "2001:db8::7") if v6 else ("198.51.100.66", "198.51.100.7")
+    servers = [backend(net, family, port) for port in (81, 82)]
+    net.beyond.nft(
+        "table inet wall { chain input { type filter hook input priority 0; "
+        f"{'ip6' if v6 else 'ip'} saddr {banned} drop\n }}\n }}\n"
+    )
+    config = to_neighbour(
+        family,
+        at(family.beyond, 81),
+        at(family.beyond, 82),
+        **{"source": "client", "connect_timeout_s": 0.2, "eject_after": 2},
+        proxy_protocol=trusting(family.client),
+    )
+
+    def connect(client: str) -> socket.socket:
+        sock = net.connect(family, GATEWAY_PORT)
+        sock.sendall(v1(client, family.pod) + b"hello")
+        return sock
+
+    rounds, crowd = 5, 3
+    with Daemon(net.pod, "workers = 1\n" + config) as daemon:
+        for done in range(rounds):
+            with connect(sound):
+                ready, _, _ = select.select(servers, (), (), 10)
+                app = net.keep(ready[0].accept()[0])
+                assert app.getpeername()[0] == sound
+                assert receive(app, 5) == b"hello"
+            app.close()
+            for sock in [connect(banned) for _ in range(crowd)]:
+                assert was_reset(sock)
+            records = daemon.wait_log((done + 1) * (1 + crowd))
+        ends = Counter(record["close_reason"] for record in records)
+        assert ends["upstream_timeout"] == rounds * crowd
+        assert daemon.metric("tproxyd_upstream_ejections_total", listener="web") == 0
