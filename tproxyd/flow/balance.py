@@ -6,7 +6,8 @@ connects fail `eject_after` times in a row is ejected, left out for `eject_s`, t
 connection; each further failure doubles the time, up to a minute, and one success ends it. Only the
 dialling counts: a connection that was there and broke says nothing about the next one. Where the
 client's address is kept, a failure may be about the client (a firewall that knows it, a route that
-its answers miss): where others are being served, one client's failures in a row count once.
+its answers miss). So while others are being served, one client's failures in a row count once, and
+further ones only when the same connection is then taken by another upstream.
 
 Each worker keeps its own books: connections are spread over workers by the kernel's hash, so what
 one sees is a fair sample, and nothing has to be shared. For least-connections that means the least
@@ -42,6 +43,7 @@ class Member:
 
     __slots__ = (
         "blamed_by",
+        "doubted",
         "ejections",
         "failures",
         "here",
@@ -49,8 +51,6 @@ class Member:
         "open",
         "out_until",
         "probing",
-        "taken_at",
-        "taken_of",
         "tried_by",
         "tried_until",
         "upstream",
@@ -67,7 +67,7 @@ class Member:
         # While it is ejected: who tries it now, before its time or when that is up.
         self.tried_by, self.tried_until = "", 0.0
         self.blamed_by = ""  # whose failure counted last
-        self.taken_of, self.taken_at = "", float("-inf")  # the last connection that it took
+        self.doubted = False  # that client's next failure did not
 
 
 class Cluster:
@@ -81,6 +81,7 @@ class Cluster:
         self._members: dict[Endpoint, Member] = {}  # and those that are gone, while connected
         self._order: tuple[Member, ...] = ()
         self._next = 0
+        self._served, self._served_at = "", float("-inf")  # the last client that was
         self._choice = {
             Balance.ROUND_ROBIN: self._in_turn,
             Balance.LEAST_CONNECTIONS: self._least,
@@ -170,7 +171,7 @@ class Cluster:
 
     def connected(self, member: Member, client: Client, now: float) -> bool:
         """It took a connection; whether that ends an ejection."""
-        member.taken_of, member.taken_at = self._teller(client), now
+        self._served, self._served_at = self._teller(client), now
         was_out = member.ejections > 0
         member.failures = member.ejections = 0
         member.out_until, member.probing, member.tried_until = 0.0, False, 0.0
@@ -186,12 +187,24 @@ class Cluster:
         if not its_own:
             return 0.0
         who = self._teller(client)
-        others_are_served = member.taken_of != who and now - member.taken_at < _SERVED_S
+        others_are_served = self._served != who and now - self._served_at < _SERVED_S
         if others_are_served and who == member.blamed_by:
+            member.doubted = True
             if member.probing:  # somebody else's turn
                 member.probing, member.out_until = False, now
             return 0.0
-        member.blamed_by = who
+        member.blamed_by, member.doubted = who, False
+        return self._count_failure(member, now)
+
+    def served_elsewhere(self, upstream: Upstream, client: Client, now: float) -> float:
+        """It failed a connection that another has taken since; as `failed`."""
+        member = self._members.get(upstream)
+        if member is None or not member.doubted or member.blamed_by != self._teller(client):
+            return 0.0
+        member.doubted = False
+        return self._count_failure(member, now)
+
+    def _count_failure(self, member: Member, now: float) -> float:
         member.failures += 1
         limit = self._listener.eject_after
         # Of a crowd that was dialling when it went away, only the first counts.

@@ -316,5 +316,9 @@ def dial_one_of(
         else:
             if cluster.connected(member, client, world.now()):
                 world.returned(lane, upstream)
+            for other, why in tried:
+                pause = cluster.served_elsewhere(other, client, world.now())
+                if pause:
+                    world.ejected(lane, other, pause, why)
             return dialled
     raise last

@@ -171,6 +171,21 @@ def test_what_one_client_meets_is_no_reason_while_others_are_served() -> None:
         assert fails(of, 20.0, client=BANNED) == 0.0, n
 
 
+def test_what_it_meets_at_one_alone_is() -> None:
+    """A connection that another upstream takes: it was not the client."""
+    of, not_b = cluster(A, B, listener=SEEN, eject_after=3), (Upstream(B),)
+    of.connected(chosen(of, SOUND, tried=not_b), SOUND, 0.0)
+    pauses = []
+    for _ in range(3):
+        of.connected(chosen(of, SOUND, tried=(Upstream(A),)), SOUND, 0.0)
+        assert of.failed(chosen(of, CLIENT, tried=not_b), CLIENT, 0.0) == 0.0
+        of.connected(chosen(of, CLIENT, tried=(Upstream(A),)), CLIENT, 0.0)
+        pauses.append(of.served_elsewhere(Upstream(A), CLIENT, 0.0))
+        assert of.served_elsewhere(Upstream(A), CLIENT, 0.0) == 0.0
+    assert pauses == [0.0, 0.0, 1.0]
+    assert of.served_elsewhere(Upstream(C), CLIENT, 0.0) == 0.0  # it is no more
+
+
 def test_what_several_clients_meet_is() -> None:
     of = cluster(A, listener=SEEN)
     of.connected(chosen(of, SOUND), SOUND, 0.0)
