@@ -262,6 +262,6 @@ def test_chains_of_istio_iptables(pod: Namespace, backend: str) -> None:
     assert any("replace the firewall rules" in change for change in report.changed)
     assert pod.inside(reconcile.install_istio, OPTIONS, Backend(backend)).changed == ()
     as_istio_iptables(pod, backend)
-    pod.inside(reconcile.clean_istio)
+    pod.inside(reconcile.clean_istio, OPTIONS)
     assert "ISTIO" not in dump(pod)
     assert "mark" not in dump(pod).split("tcp_fwmark_accept")[0].replace("fwmark", "")

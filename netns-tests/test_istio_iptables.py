@@ -302,6 +302,22 @@ def test_what_istio_iptables_left_goes_and_nothing_else(net: Topology) -> None:
     assert done(net.pod, "--cleanup-only") == "nothing to remove\n"
 
 
+def test_marks_of_others_stay(net: Topology) -> None:
+    """Saved, restored and passed over as istio-iptables does it with its own."""
+    theirs = (
+        "PREROUTING -p tcp -m mark --mark 0x77 -j CONNMARK --save-mark",
+        "OUTPUT -p tcp -m connmark --mark 0x88 -j CONNMARK --restore-mark",
+        "OUTPUT -o tun0 -p tcp -m mark --mark 0x539 -j RETURN",
+    )
+    for each in theirs:
+        net.pod.run("iptables-nft", "-t", "mangle", "-A", *each.split())
+    before = net.pod.run("iptables-nft-save", "-t", "mangle")
+    leave_chains(net, INJECTED)
+    assert net.pod.run("iptables-nft-save", "-t", "mangle") != before
+    done(net.pod, "--cleanup-only")
+    assert _rules(net.pod.run("iptables-nft-save", "-t", "mangle")) == _rules(before)
+
+
 def test_installs_in_the_place_of_istio_iptables(net: Topology, family: Family) -> None:
     for each in LEFT:
         net.pod.run(*each.split())

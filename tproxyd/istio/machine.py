@@ -48,13 +48,13 @@ class Machine:
 
     def clean(self, options: IstioOptions) -> Outcome:
         claim.refuse_beside("remove the kernel state")
-        changed = [*reconcile.clean_istio().changed, *_remove(options)]
+        changed = [*reconcile.clean_istio(options).changed, *_remove(options)]
         if _remove_wire():
             changed.append(f"remove {NEAR}, a validation's wire")
         return Outcome(tuple(changed))
 
     def left(self, options: IstioOptions) -> Outcome:
-        return Outcome((*reconcile.check_istio(None).differs, *_would_remove(options)))
+        return Outcome((*reconcile.left_istio(options).differs, *_would_remove(options)))
 
     @cached_property
     def _facts(self) -> Facts:

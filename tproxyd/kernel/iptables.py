@@ -33,7 +33,7 @@ STRANGERS = "`tproxyd istio-iptables --cleanup-only` removes them, as istio-ipta
 class Iptables:
     """The backend, for one IP version at a time. Not for use by two threads."""
 
-    def __init__(self, nft: Nft, *, adopt: bool = False) -> None:
+    def __init__(self, nft: Nft, *, adopt: int | None = None) -> None:
         """`adopt`: see iptsave.Listing."""
         self._nft, self._adopt = nft, adopt
 

@@ -26,8 +26,10 @@ from dataclasses import dataclass, field
 from tproxyd.config import Backend
 from tproxyd.istio.options import OUTBOUND_MARK
 from tproxyd.kernel.firewall import (
+    FULL_MASK,
     Chain,
     ConnMark,
+    DestinationIn,
     Family,
     Firewall,
     Jump,
@@ -66,18 +68,21 @@ class Listing:
     kernels: dict[str, list[str]] = field(default_factory=dict)  # PREROUTING, INPUT, …
     users: dict[str, list[str]] = field(default_factory=dict)
     policies: dict[str, str] = field(default_factory=dict)
-    adopt: bool = False  # the chains of istio-iptables, and its rules without a chain, are ours
+    # Of istio-iptables, where its chains, and its rules without a chain, are ours.
+    adopt: int | None = None
 
     def is_our_chain(self, name: str) -> bool:
-        ours = self.adopt or ISTIO_MARKER in self.users
+        ours = self.adopt is not None or ISTIO_MARKER in self.users
         by_istio = name in ISTIO_CHAINS and ours
         return name in self.users and (name.startswith(PREFIX) or by_istio)
 
-    def is_our_rule(self, line: str) -> bool:
+    def is_our_rule(self, table: Table, chain: str, line: str) -> bool:
         """Of a chain of the kernel's."""
         tokens = shlex.split(line)
         pairs = list(itertools.pairwise(tokens))
-        if ("--comment", OWNER) in pairs or (self.adopt and _is_istios(line)):
+        if ("--comment", OWNER) in pairs:
+            return True
+        if self.adopt is not None and table is Table.MANGLE and _is_istios(chain, line, self.adopt):
             return True
         return any(flag in ("-j", "-g") and self.is_our_chain(to) for flag, to in pairs)
 
@@ -87,27 +92,31 @@ class Listing:
         return [name.removeprefix(MADE) for name in self.users if name.startswith(MADE)]
 
 
-def _is_istios(line: str) -> bool:
+def _is_istios(chain: str, line: str, mark: int) -> bool:
     """One of the four that istio-iptables puts into the kernel's own chains of mangle, without a
-    chain of its own. What it says for excluded interfaces could be anybody's.
+    chain of its own, whatever user its proxy was to have. Whoever else saves and restores marks has
+    others. What it says for excluded interfaces could be anybody's.
     """
     rule = parse(line, 6 if "::" in line else 4)
     if isinstance(rule, Unknown):
         return False
-    kinds = {type(match) for match in rule.matches}
-    match rule.action:
-        case SaveMark():
-            return kinds == {Tcp, PacketMark}
-        case Verdict.RETURN:
-            return kinds == {Tcp, OutInterface, PacketMark}
-        case SetPacketMark(value):
-            return value == OUTBOUND_MARK and kinds >= {Tcp, OutInterface, MadeBy}
-        case RestoreMark():
-            return kinds == {Tcp, ConnMark}
+    matches = set(rule.matches)
+    lo, marked = OutInterface("lo"), PacketMark(mark, FULL_MASK)
+    match chain, rule.action:
+        case "PREROUTING", SaveMark():
+            return matches == {Tcp(), marked}
+        case "OUTPUT", Verdict.RETURN:
+            return matches == {Tcp(), lo, marked}
+        case "OUTPUT", SetPacketMark(value, mask):
+            kinds = {type(match) for match in matches - {lo}}
+            call = lo in matches and kinds == {Tcp, DestinationIn, MadeBy}
+            return call and (value, mask) == (OUTBOUND_MARK, FULL_MASK)
+        case "OUTPUT", RestoreMark():
+            return matches == {Tcp(), ConnMark(mark, FULL_MASK)}
     return False
 
 
-def read_save(text: str, *, adopt: bool = False) -> dict[Table, Listing]:
+def read_save(text: str, *, adopt: int | None = None) -> dict[Table, Listing]:
     """The tables that we know, of what iptables-save printed."""
     found: dict[Table, Listing] = {}
     listing = Listing()
@@ -142,7 +151,9 @@ def ours(listings: Mapping[Table, Listing], backend: Backend, family: Family) ->
                 rules = tuple(parse(line, family) for line in lines)
                 chains.append(Chain(name, None, rules, table))
         for name, lines in listing.kernels.items():
-            rules = tuple(_owned(line, family) for line in lines if listing.is_our_rule(line))
+            rules = tuple(
+                _owned(line, family) for line in lines if listing.is_our_rule(table, name, line)
+            )
             if rules:
                 found = True
                 chains.append(Chain(name, HOOKS.get((table, name)), rules, table))
@@ -232,15 +243,16 @@ def script(
     lines: list[str] = []
     for table in Table:
         wanted = [chain for chain in want if isinstance(chain, Chain) and chain.table is table]
-        changes = _changes(
-            have.get(table, Listing()), wanted, family, [b for t, b in made if t is table]
-        )
+        created = [name for where, name in made if where is table]
+        changes = _changes(table, have.get(table, Listing()), wanted, family, created)
         if changes:
             lines += [f"*{table}", *changes, "COMMIT"]
     return "".join(f"{line}\n" for line in lines)
 
 
-def _changes(have: Listing, want: list[Chain], family: Family, made: list[str]) -> list[str]:
+def _changes(
+    table: Table, have: Listing, want: list[Chain], family: Family, made: list[str]
+) -> list[str]:
     chains = [chain for chain in want if chain.hook is None]
     keep = {chain.name for chain in chains}
     keep |= {f"{MADE}{name}" for name in (*made, *have.made)} if want else set()
@@ -249,7 +261,7 @@ def _changes(have: Listing, want: list[Chain], family: Family, made: list[str]) 
     for chain in chains:
         lines += _filled(chain, family)
     for name, rules in have.kernels.items():
-        lines += [f"-D {name} {line}" for line in rules if have.is_our_rule(line)]
+        lines += [f"-D {name} {line}" for line in rules if have.is_our_rule(table, name, line)]
     for chain in want:
         if chain.hook is not None:
             lines += _hung(chain, family)

@@ -68,10 +68,10 @@ _KEPT = 4
 class Legacy:
     """The backend, for one IP version at a time. Not for use by two threads."""
 
-    def __init__(self, *, adopt: bool = False) -> None:
+    def __init__(self, *, adopt: int | None = None) -> None:
         """`adopt`: see iptsave.Listing."""
         self._adopt = adopt
-        self._signs = (*_SIGNS, ISTIO_PREFIX.encode()) if adopt else _SIGNS
+        self._signs = (*_SIGNS, ISTIO_PREFIX.encode()) if adopt is not None else _SIGNS
 
     def read(self, family: Family) -> Tables | None:
         """Ours; None where there is nothing."""

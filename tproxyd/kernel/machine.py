@@ -41,9 +41,13 @@ class Machine:
     """The kernel of this machine, in the network namespace of the calling thread."""
 
     def __init__(
-        self, nft: Nft | None = None, *, adopt: bool = False, writer: RouteWriter | None = None
+        self,
+        nft: Nft | None = None,
+        *,
+        adopt: int | None = None,
+        writer: RouteWriter | None = None,
     ) -> None:
-        """`adopt`: the chains of istio-iptables are taken for ours, whoever has made them.
+        """`adopt`: what istio-iptables makes with this mark is taken for ours, whoever made it.
 
         `writer` is for the first `lock`.
         """

@@ -157,7 +157,7 @@ def install_istio(
     options: IstioOptions, asked: Asked = Backend.AUTO, *, world: World | None = None
 ) -> Report:
     """Make the state that istio-iptables is told to make, in the place of what it may have made."""
-    world = world or Machine(adopt=True)
+    world = world or Machine(adopt=options.mark)
     with world.lock():
         facts = world.facts()
         chosen = _asked(asked, facts)
@@ -168,20 +168,27 @@ def install_istio(
 
 
 def check_istio(
-    options: IstioOptions | None, asked: Asked = Backend.AUTO, *, world: World | None = None
+    options: IstioOptions, asked: Asked = Backend.AUTO, *, world: World | None = None
 ) -> Report:
-    """Read only: `differs` is what install_istio would change; of None, what clean_istio would."""
-    world = world or Machine(adopt=True)
+    """Read only: `differs` is what install_istio would change."""
+    world = world or Machine(adopt=options.mark)
     with world.lock():
         chosen = _asked(asked, world.facts())
         have = _read(world)
-    want = EMPTY if options is None else desired_istio(options, chosen.backend)
-    return Report((), tuple(map(str, diff(have, want))), (chosen.why,), (), have != EMPTY)
+    differs = diff(have, desired_istio(options, chosen.backend))
+    return Report((), tuple(map(str, differs)), (chosen.why,), (), have != EMPTY)
 
 
-def clean_istio(*, world: World | None = None) -> Report:
-    """Remove everything of ours, and what istio-iptables has made."""
-    return reconcile(EMPTY, world or Machine(adopt=True))
+def clean_istio(options: IstioOptions, *, world: World | None = None) -> Report:
+    """Remove everything of ours, and what istio-iptables has made by these options."""
+    return reconcile(EMPTY, world or Machine(adopt=options.mark))
+
+
+def left_istio(options: IstioOptions, *, world: World | None = None) -> Report:
+    """Read only: `differs` is what clean_istio would change."""
+    world = world or Machine(adopt=options.mark)
+    with world.lock():
+        return Report(differs=tuple(map(str, diff(_read(world), EMPTY))))
 
 
 def rules_istio(options: IstioOptions, asked: Asked = Backend.AUTO, *, facts: Facts) -> str:

@@ -356,29 +356,47 @@ def test_the_script_that_cleans_names_nothing_of_others() -> None:
 def test_istio_iptables_chains_are_not_ours_unless_adopted() -> None:
     want = (Chain("ISTIO_OUTPUT", None, (), Table.NAT),)
     assert strangers(read_save(SAVE), want) == ["ISTIO_OUTPUT (nat)"]
-    assert strangers(read_save(SAVE, adopt=True), want) == []
+    assert strangers(read_save(SAVE, adopt=0x539), want) == []
     ours_by_mark = SAVE.replace(":ISTIO_OUTPUT", ":TPROXYD_ISTIO - [0:0]\n:ISTIO_OUTPUT")
     assert strangers(read_save(ours_by_mark), want) == []
-    assert "-D PREROUTING -j ISTIO_OUTPUT" in script(read_save(SAVE, adopt=True), (), 4)
+    assert "-D PREROUTING -j ISTIO_OUTPUT" in script(read_save(SAVE, adopt=0x539), (), 4)
 
 
-@pytest.mark.parametrize(
-    ("line", "istios"),
-    [
-        ("-p tcp -m mark --mark 0x539 -j CONNMARK --save-mark", True),
-        ("-o lo -p tcp -m mark --mark 0x539 -j RETURN", True),
-        ("-p tcp -m connmark --mark 0x539 -j CONNMARK --restore-mark", True),
-        ("! -d ::1/128 -o lo -p tcp -m owner --gid-owner 7 -j MARK --set-xmark 0x53a", True),
-        ("-p tcp -m mark --mark 0x539 -j RETURN", False),
-        ("-o lo -p tcp -m owner --gid-owner 7 -j MARK --set-xmark 0x53b", False),
-        ("-p tcp -m connmark --mark 0x539 -j MARK --set-xmark 0x539", False),
-        ("-i nic -j RETURN", False),
-        ("-j LOG", False),
-    ],
-)
-def test_rules_of_istio_iptables_without_a_chain(line: str, istios: bool) -> None:
-    assert Listing(adopt=True).is_our_rule(line) is istios
-    assert Listing().is_our_rule(line) is False
+ISTIOS = [
+    ("PREROUTING", "-p tcp -m mark --mark 0x539 -j CONNMARK --save-mark"),
+    ("OUTPUT", "-o lo -p tcp -m mark --mark 0x539 -j RETURN"),
+    ("OUTPUT", "! -d ::1/128 -o lo -p tcp -m owner --gid-owner 7 -j MARK --set-xmark 0x53a"),
+    ("OUTPUT", "-p tcp -m connmark --mark 0x539 -j CONNMARK --restore-mark"),
+]
+OTHERS = [
+    ("PREROUTING", "-p tcp -m mark --mark 0x77 -j CONNMARK --save-mark"),
+    ("PREROUTING", "-p tcp -m mark --mark 0x539/0xfff -j CONNMARK --save-mark"),
+    ("PREROUTING", "-p tcp -m mark ! --mark 0x539 -j CONNMARK --save-mark"),
+    ("PREROUTING", "-p tcp -m connmark --mark 0x539 -j CONNMARK --restore-mark"),
+    ("PREROUTING", "-i nic -j RETURN"),
+    ("OUTPUT", "-p tcp -m mark --mark 0x539 -j CONNMARK --save-mark"),
+    ("OUTPUT", "-p tcp -m connmark --mark 0x88 -j CONNMARK --restore-mark"),
+    ("OUTPUT", "-p tcp -m connmark --mark 0x539 -j MARK --set-xmark 0x539"),
+    ("OUTPUT", "-o tun0 -p tcp -m mark --mark 0x539 -j RETURN"),
+    ("OUTPUT", "-o lo -p tcp -m mark --mark 0x99 -j RETURN"),
+    ("OUTPUT", "-p tcp -m mark --mark 0x539 -j RETURN"),
+    ("OUTPUT", "-o lo -p tcp -m owner --gid-owner 7 -j MARK --set-xmark 0x53a"),
+    ("OUTPUT", "! -d ::1/128 -o lo -p tcp -m owner --gid-owner 7 -j MARK --set-xmark 0x53b"),
+    ("OUTPUT", "! -d ::1/128 -o tun0 -p tcp -m owner --gid-owner 7 -j MARK --set-xmark 0x53a"),
+    ("OUTPUT", "-j LOG"),
+]
+
+
+@pytest.mark.parametrize(("chain", "line"), ISTIOS)
+def test_rules_of_istio_iptables_without_a_chain(chain: str, line: str) -> None:
+    assert Listing(adopt=0x539).is_our_rule(Table.MANGLE, chain, line)
+    assert not Listing(adopt=0x539).is_our_rule(Table.NAT, chain, line)
+    assert not Listing().is_our_rule(Table.MANGLE, chain, line)
+
+
+@pytest.mark.parametrize(("chain", "line"), OTHERS)
+def test_rules_of_others_that_resemble_them(chain: str, line: str) -> None:
+    assert not Listing(adopt=0x539).is_our_rule(Table.MANGLE, chain, line)
 
 
 # The lean scheme ----------------------------------------------------------------------------------

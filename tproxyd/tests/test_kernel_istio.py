@@ -342,7 +342,7 @@ def test_install_twice_and_clean(chosen: Backend) -> None:
     assert install_istio(options, chosen, world=kernel).changed
     assert install_istio(options, chosen, world=kernel).changed == ()
     assert check_istio(options, chosen, world=kernel).differs == ()
-    assert clean_istio(world=kernel).changed
+    assert clean_istio(options, world=kernel).changed
     assert str(kernel) == before
 
 
