@@ -330,6 +330,20 @@ def test_installs_in_the_place_of_istio_iptables(net: Topology, family: Family) 
     serves(net, family)
 
 
+def test_what_works_stays_where_nothing_can_be_installed(net: Topology, tmp_path: Path) -> None:
+    """Without its rule and route, what the chains intercept would be lost."""
+    for each in LEFT:
+        net.pod.run(*each.split())
+    for each in ("-N ISTIO_INBOUND", "-A PREROUTING -p tcp -j ISTIO_INBOUND"):
+        net.pod.run("iptables-legacy", "-t", "mangle", *each.split())
+    before = net.pod.dump()
+    (tmp_path / "iptc.py").write_text("raise ImportError(\"No module named 'iptc'\")\n")
+    found = istio_iptables(net.pod, *INJECTED, PYTHONPATH=str(tmp_path))
+    assert (found.returncode, found.stdout) == (3, "")
+    assert "No module named 'iptc'" in found.stderr
+    assert net.pod.dump() == before
+
+
 def _without_tables(dump: str) -> str:
     """Empty tables of iptables stay where others have made them, and do nothing."""
     return dump.partition("$ ip -4 rule show")[2]

@@ -32,10 +32,10 @@ class Machine:
         routes have to make room for ours, for some milliseconds.
         """
         claim.refuse_beside("install the kernel state")
-        chosen = self._chosen(backend)
-        removed = _remove(options)
-        report = reconcile.install_istio(options, chosen)
-        return Outcome((*removed, *report.changed), report.notes, report.installed)
+        report = reconcile.install_istio(
+            options, self._chosen(backend), make_room=lambda: _remove(options)
+        )
+        return Outcome(report.changed, report.notes, report.installed)
 
     def differs(self, options: IstioOptions, backend: str) -> Outcome:
         found = _would_remove(options)

@@ -16,6 +16,7 @@ What happens when a step fails:
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -151,10 +152,16 @@ def _text(want: KernelState, chosen: Backend, said: list[str]) -> str:
 
 
 Asked = Backend | BackendChoice  # of whoever has chosen already, and says why
+# What must go before the first write, and not before it is known what to write; in words.
+MakeRoom = Callable[[], Sequence[str]]
 
 
 def install_istio(
-    options: IstioOptions, asked: Asked = Backend.AUTO, *, world: World | None = None
+    options: IstioOptions,
+    asked: Asked = Backend.AUTO,
+    *,
+    make_room: MakeRoom | None = None,
+    world: World | None = None,
 ) -> Report:
     """Make the state that istio-iptables is told to make, in the place of what it may have made."""
     world = world or Machine(adopt=options.mark)
@@ -164,7 +171,8 @@ def install_istio(
         if not facts.lo_up:
             why = "lo is down, and answers come home through it"
             raise KernelError("install the kernel state", why, "ip link set lo up")
-        return _reconcile(desired_istio(options, chosen.backend), world, (chosen.why,))
+        want = desired_istio(options, chosen.backend)
+        return _reconcile(want, world, (chosen.why,), make_room=make_room)
 
 
 def check_istio(
@@ -231,14 +239,16 @@ def _reconcile(
     world: World,
     said: tuple[str, ...] = (),
     chosen: ReturnPath | None = None,
+    make_room: MakeRoom | None = None,
 ) -> Report:
     errors: list[KernelError] = []
     # Install must not write over what it cannot read; clean cleans what can be read.
     have = _read(world, errors if want == EMPTY else None)
-    changed: list[str] = []
+    changes = diff(have, want)
+    changed = [] if make_room is None else [*make_room()]
     wrong: list[str] = []
     failed: set[Stage] = set()
-    for change in diff(have, want):
+    for change in changes:
         if _is_left_out(change.stage, failed):
             continue
         try:

@@ -346,6 +346,33 @@ def test_install_twice_and_clean(chosen: Backend) -> None:
     assert str(kernel) == before
 
 
+def test_room_is_made_just_before_the_first_write() -> None:
+    kernel = FakeKernel()
+    order: list[str] = []
+    kernel.before_write = lambda change: order.append("write")
+
+    def make_room() -> list[str]:
+        order.append("room")
+        return ["remove the old rule"]
+
+    report = install_istio(TPROXY, make_room=make_room, world=kernel)
+    assert order[0] == "room"
+    assert order.count("room") == 1
+    assert report.changed[0] == "remove the old rule"
+
+
+def test_no_room_is_made_before_all_is_read() -> None:
+    """What intercepts there would have lost its way home."""
+    kernel = FakeKernel()
+    kernel.unreadable = KernelError("read the tables", "no iptc", "install it")
+
+    def make_room() -> list[str]:
+        pytest.fail("room was made")
+
+    with pytest.raises(KernelError, match="no iptc"):
+        install_istio(TPROXY, make_room=make_room, world=kernel)
+
+
 # In a configuration -------------------------------------------------------------------------------
 
 
