@@ -62,7 +62,7 @@ class Guard:
     def files(self) -> tuple[HasFileno, ...]:
         """To wait for; then `read`."""
         sockets: tuple[socket.socket, ...] = () if self._watch is None else self._watch.sockets()
-        return sockets if self._claim is None else (self._claim, *sockets)
+        return sockets if self._claim is None else (*self._claim.doors(), *sockets)
 
     def read(self) -> News:
         if self._claim is not None:

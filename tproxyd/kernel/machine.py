@@ -1,25 +1,16 @@
-"""The kernel of this machine, as reconcile sees it: its parts in one, and the lock.
-
-The lock is an abstract unix socket: such names belong to the network namespace, as the state does,
-vanish with the process that bound them, and need no file, which containers with a read-only root
-would not have. Who finds it taken connects to it and waits for the connection to end.
-"""
+"""The kernel of this machine, as reconcile sees it: its parts in one, and the lock (nslock.py)."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
-import socket
-import struct
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tproxyd.config import Backend
 from tproxyd.errors import KernelError
-from tproxyd.kernel import routewriter, xtables
+from tproxyd.kernel import nslock, routewriter, xtables
 from tproxyd.kernel.desired import Facts
 from tproxyd.kernel.firewall import Family, Firewall, Table
 from tproxyd.kernel.nft import Nft
@@ -32,7 +23,6 @@ if TYPE_CHECKING:
     from tproxyd.kernel.iptables import Iptables
     from tproxyd.kernel.legacy import Legacy
 
-LOCK_NAME = "\0tproxyd/kernel"
 # A whole reconcile takes tens of milliseconds, an nft command of an overloaded machine seconds.
 LOCK_PATIENCE_S = 10.0
 
@@ -131,49 +121,19 @@ def lasting() -> Machine:
 
 @contextlib.contextmanager
 def _locked() -> Iterator[None]:
-    """One reconcile at a time in this network namespace; KernelError after LOCK_PATIENCE_S."""
-    deadline = time.monotonic() + LOCK_PATIENCE_S
-    with contextlib.ExitStack() as stack:
-        while not _taken(stack):
-            if (remaining := deadline - time.monotonic()) <= 0:
-                why = f"another process ({_holder()}) has been at it for {LOCK_PATIENCE_S:g} s"
-                raise KernelError("change the kernel state", why, "end that process, try again")
-            _wait_for_release(remaining)
-        yield
+    """One reconcile at a time in this network namespace; KernelError after LOCK_PATIENCE_S.
 
-
-def _taken(stack: contextlib.ExitStack) -> bool:
-    lock = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+    Who may write nothing does without: what he reads may be half of a change.
+    """
     try:
-        lock.bind(LOCK_NAME)
-    except OSError as error:
-        if error.errno != errno.EADDRINUSE:
-            raise
-        lock.close()
-        return False
-    lock.listen(128)
-    return True
-
-
-def _wait_for_release(patience: float) -> None:
-    """A connection that nobody accepts ends when the holder closes its socket, or dies."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as waiter:
-        waiter.settimeout(patience)
-        try:
-            waiter.connect(LOCK_NAME)
-        except OSError:
-            time.sleep(0.005)  # it is between bind and listen, or has just gone
-            return
-        with contextlib.suppress(OSError):  # a reset or the timeout: the caller looks again
-            waiter.recv(1)
-
-
-def _holder() -> str:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)  # who waited before us may have filled its queue
-        try:
-            probe.connect(LOCK_NAME)
-            raw = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        except OSError:
-            return "it does not say which"
-    return f"process {struct.unpack('3i', raw)[0]}"
+        held = nslock.take(nslock.STATE, LOCK_PATIENCE_S)
+    except PermissionError:
+        yield
+        return
+    if held is None:
+        holder = nslock.holder(nslock.STATE)
+        who = f"process {holder}" if holder else "it does not say which"
+        why = f"another process ({who}) has been at it for {LOCK_PATIENCE_S:g} s"
+        raise KernelError("change the kernel state", why, "end that process, try again")
+    with held:
+        yield

@@ -7,7 +7,8 @@ and `-c FILE` finds the one that FILE started.
 
 A request is one JSON line with a "verb", an answer is one JSON line, and that is the end of the
 connection. What the daemon refuses, a KernelError or a ConfigError, is raised here again with the
-same words. Whom it lets ask, proc/commands.py says.
+same words. Whom it lets ask, proc/commands.py says. Whether it is a daemon at all that has the
+name is asked first: any user may take it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import socket
 import struct
 from typing import Any
 
+from tproxyd import peer
 from tproxyd.addr import Endpoint
 from tproxyd.config import Config
 from tproxyd.errors import ConfigError, KernelError, Problem, TproxydError, Unreachable
@@ -75,6 +77,9 @@ def ask(name: str, request: Request, timeout: float = TIMEOUT_S) -> Answer:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
         try:
             sock.connect(name)
+            if not (there := peer.of(sock)).believed:
+                why = f"{there} has taken the place of its command socket"
+                raise _unreachable(why, "end that process, or, if it is yours, ask as that user")
             line = json.dumps(request).encode() + b"\n"
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 sock.sendall(line)  # or it has answered already: it does not let us ask

@@ -11,21 +11,22 @@ at once), answered once and closed. A handler that was begun is finished, whethe
 waits or not.
 
 A name has one owner. In an upgrade it moves from one daemon to the next: close() frees it at once,
-and start() waits a moment for a name that is still taken.
+and start() waits a moment for a name that is still taken. But any user may take it: who could not
+have it tries again every few seconds, and serves meanwhile.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import json
 import logging
 import os
 import socket
-import struct
 from collections.abc import Awaitable, Callable, Mapping
 
-from tproxyd import __version__
+from tproxyd import __version__, peer
 from tproxyd.errors import KernelError, TproxydError, Unreachable
 from tproxyd.proc.ask import MAX_REQUEST, Answer, Request, encoded
 
@@ -40,8 +41,7 @@ ANSWER_TIMEOUT_S = 5.0  # for the answer to be taken
 # An old daemon frees the name before the new one asks for it. What may hold it a little longer is a
 # child being forked just then, until it has closed what it inherited.
 BIND_PATIENCE_S, BIND_PAUSE_S = 2.0, 0.02
-
-_UCRED = struct.Struct("@iII")  # pid, uid, gid
+AGAIN_S = 5.0
 
 
 class CommandServer:
@@ -50,17 +50,37 @@ class CommandServer:
     def __init__(self, name: str, handlers: Mapping[str, Handler]) -> None:
         self._name, self._handlers = name, handlers
         self._server: asyncio.Server | None = None
+        self._trying: asyncio.Task[None] | None = None
         self._connections: set[asyncio.Task[None]] = set()
 
     async def start(self, patience_s: float = BIND_PATIENCE_S) -> None:
         """Listen; KernelError when another process keeps the name that long."""
         sock = await _bound(self._name, patience_s)
         self._server = await asyncio.start_unix_server(
-            self._accepted, sock=sock, limit=MAX_REQUEST, backlog=MAX_CONNECTIONS
+            self._accepted,
+            sock=sock,
+            limit=MAX_REQUEST,
+            backlog=MAX_CONNECTIONS,
+            start_serving=False,  # which would be a pause: who is cancelled in it loses the server
         )
+        await self._server.start_serving()
+
+    def keep_trying(self) -> None:
+        """To start, until it has the name or is closed."""
+        self._trying = asyncio.get_running_loop().create_task(self._try())
+
+    async def _try(self) -> None:
+        while self._server is None:
+            await asyncio.sleep(AGAIN_S)
+            with contextlib.suppress(KernelError):
+                await self.start(patience_s=0)
+        log.info("the command socket @%s is there now", self._name[1:])
 
     def close(self) -> None:
         """The name is free now. Requests under way are still answered."""
+        if self._trying is not None:
+            self._trying.cancel()
+            self._trying = None
         if self._server is not None:
             self._server.close()
             self._server = None
@@ -73,7 +93,7 @@ class CommandServer:
         await asyncio.gather(*self._connections, return_exceptions=True)
 
     def _accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        uid = _uid(writer.get_extra_info("socket"))
+        uid = peer.of(writer.get_extra_info("socket")).uid
         if uid not in (0, os.geteuid()):
             why = f"can't ask the daemon: only root and its own user may, not uid {uid}; try sudo"
             writer.write(_line({"error": encoded(Unreachable(why))}))  # fits into its buffer
@@ -139,20 +159,23 @@ async def _bound(name: str, patience_s: float) -> socket.socket:
             if error.errno == errno.EADDRINUSE and loop.time() < deadline:
                 await asyncio.sleep(BIND_PAUSE_S)
                 continue
-            raise KernelError(
-                f"listen on the command socket @{name[1:]}",
-                (error.strerror or str(error)).lower(),
-                "another tproxyd runs in this network namespace: give each one an"
-                ' admin = "ADDRESS:PORT" of its own',
-            ) from error
+            why, hint = (error.strerror or str(error)).lower(), "try again"
+            if error.errno == errno.EADDRINUSE:
+                why, hint = _taken(name)
+            raise KernelError(f"listen on the command socket @{name[1:]}", why, hint) from error
         sock.setblocking(False)
         return sock
 
 
-def _uid(sock: socket.socket) -> int:
-    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-    uid: int = _UCRED.unpack(credentials)[1]
-    return uid
+def _taken(name: str) -> tuple[str, str]:
+    """By whom, and what to do."""
+    there = peer.at(name)
+    if there is None:
+        return "a process that does not answer has its name", "find it with ss -xap, and end it"
+    if not there.believed:
+        return f"{there} has its name", "end that process"
+    hint = 'give each one an admin = "ADDRESS:PORT" of its own'
+    return "address already in use", f"another tproxyd runs in this network namespace: {hint}"
 
 
 def _line(answer: Answer) -> bytes:

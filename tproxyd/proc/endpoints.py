@@ -48,20 +48,19 @@ class Endpoints:
         return None if where is None else admin.open_socket(where)
 
     async def serve(self) -> None:
-        """KernelError where another process has the name of the command socket."""
+        """Also where another process has the name of the command socket: until that is free."""
         if self.socket is not None and self._admin is None:
             self._admin = await admin.Server.start(self.socket.dup(), self._provider)
         if self._commands is None:
-            commands = CommandServer(name_of(self._config), self._handlers)
+            self._commands = CommandServer(name_of(self._config), self._handlers)
             try:
-                await commands.start()
+                await self._commands.start()
             except KernelError as error:
-                if self._config.admin is not None:
-                    raise
                 # Several daemons may well live without an admin endpoint, and so without a name.
-                log.warning("%s; signals do without: SIGHUP reloads, SIGUSR2 upgrades", error)
-                return
-            self._commands = commands
+                level = logging.WARNING if self._config.admin is None else logging.ERROR
+                without = "signals do without: SIGHUP reloads, SIGUSR2 upgrades"
+                log.log(level, "%s; %s", error, without)
+                self._commands.keep_trying()
 
     async def close(self) -> None:
         """Nobody answers, and the name is free; commands under way are still answered."""

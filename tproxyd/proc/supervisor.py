@@ -340,10 +340,7 @@ class Supervisor:
 
     async def _move_to(self, endpoints: Endpoints) -> None:
         old, self._endpoints = self._endpoints, endpoints
-        try:
-            await endpoints.serve()
-        except KernelError as error:  # too late to be a reason against the reload
-            log.error("%s", error)
+        await endpoints.serve()
         if old is not None:
             await old.close()
             if old.socket is not None:

@@ -23,6 +23,7 @@ ALLOWED = {
     "errors": set[str](),
     "reader": {"addr", "errors"},
     "linux": {"addr"},
+    "peer": set(),
     "child": set[str](),
     "config": {"addr", "reader"},
     "environment": {"errors"},
@@ -30,8 +31,8 @@ ALLOWED = {
     "configsource": {"config", "configfile", "environment", "errors"},
     "flow": {"config", "addr", "errors", "linux"},
     "istio": {"flow", "kernel", "config", "addr", "errors", "linux"},
-    "kernel": {"config", "reader", "addr", "errors", "linux", "child"},
-    "proc": {"flow", "config", "reader", "addr", "errors", "linux", "child"},
+    "kernel": {"config", "reader", "addr", "errors", "linux", "child", "peer"},
+    "proc": {"flow", "config", "reader", "addr", "errors", "linux", "child", "peer"},
     "doctor": {"proc", "flow", "kernel", "config", "addr", "errors", "linux"},
     "arguments": {"configsource", "config", "environment", "addr", "proc"},
     "cli": {

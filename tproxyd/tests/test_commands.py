@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import pwd
 import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 
+from tproxyd import peer
 from tproxyd.addr import Endpoint
 from tproxyd.config import Config
 from tproxyd.errors import ConfigError, KernelError, Problem, Unreachable
@@ -19,8 +21,9 @@ from tproxyd.proc import ask as ask_module
 from tproxyd.proc import commands
 from tproxyd.proc.ask import MAX_REQUEST, Answer, Request, ask, name_of
 from tproxyd.proc.commands import CommandServer
+from tproxyd.tests.strangers import NOBODY, needs_root, squatter
+from tproxyd.tests.talker import patience
 
-NOBODY = 65534
 NAME = f"\0tproxyd/test/{os.getpid()}"
 
 
@@ -111,7 +114,7 @@ def test_a_request_has_64_kib() -> None:
     serving(test)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+@needs_root
 def test_only_root_and_the_daemons_user_may_ask() -> None:
     def as_nobody() -> str:
         """In a process of its own: who connects is the process, not the thread."""
@@ -202,6 +205,65 @@ def test_a_name_moves_at_once_and_who_asked_before_is_answered() -> None:
             del HANDLERS["slow"]
 
     serving(test)
+
+
+@needs_root
+@pytest.mark.parametrize("listens", [True, False])
+def test_a_stranger_with_the_name_is_told_as_what_he_is(listens: bool) -> None:
+    async def test() -> None:
+        second = CommandServer(NAME, HANDLERS)
+        with pytest.raises(KernelError) as caught:
+            await second.start(patience_s=0)
+        who = f"process {os.getpid()} of uid {NOBODY} has its name; end that process"
+        mute = "a process that does not answer has its name; find it with ss -xap, and end it"
+        what = f"can't listen on the command socket @{NAME[1:]}: "
+        assert str(caught.value) == f"{what}{who if listens else mute}"
+
+    with squatter(NAME, listens=listens):
+        asyncio.run(test())
+
+
+@needs_root
+def test_a_name_is_taken_as_soon_as_the_stranger_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "AGAIN_S", 0.001)
+
+    async def test() -> None:
+        server = CommandServer(NAME, HANDLERS)
+        with squatter(NAME), pytest.raises(KernelError):
+            await server.start(patience_s=0)
+        server.keep_trying()
+        for _ in patience("the server to listen"):
+            await asyncio.sleep(0)
+            if peer.at(NAME) is not None:
+                break
+        assert await asked({"verb": "echo"})
+        await server.finish()
+        with squatter(NAME):
+            server.keep_trying()
+            server.close()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        await asyncio.gather(*others, return_exceptions=True)
+        assert peer.at(NAME) is None
+
+    asyncio.run(test())
+
+
+@needs_root
+def test_a_strangers_answer_is_not_believed() -> None:
+    with squatter(NAME), pytest.raises(Unreachable) as caught:
+        ask(NAME, {"verb": "echo"})
+    assert str(caught.value) == (
+        f"can't ask the daemon: process {os.getpid()} of uid {NOBODY} has taken the place of its"
+        " command socket; end that process, or, if it is yours, ask as that user"
+    )
+
+
+@needs_root
+def test_root_believes_the_user_of_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer, "USER", pwd.getpwuid(NOBODY).pw_name)
+    with squatter(NAME):
+        assert (found := peer.at(NAME))
+        assert found.believed
 
 
 def test_a_name_that_is_taken_is_waited_for_a_moment() -> None:

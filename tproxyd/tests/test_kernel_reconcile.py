@@ -1,23 +1,14 @@
-"""reconcile over the strict fake: twice, from anywhere, and when steps fail; and the lock."""
+"""reconcile over the strict fake: twice, from anywhere, and when steps fail."""
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import multiprocessing
-import os
-import secrets
-import signal
-import socket
-import threading
 from dataclasses import replace
-from multiprocessing.connection import Connection
 
 import pytest
 
 from tproxyd.config import Config, ReturnPath, Rules
 from tproxyd.errors import KernelError
-from tproxyd.kernel import machine as room
 from tproxyd.kernel.desired import PRIORITY, Facts
 from tproxyd.kernel.firewall import Unknown
 from tproxyd.kernel.reconcile import Report, _failure, check, clean, install, reconcile, rules
@@ -382,83 +373,3 @@ def test_a_sysctl_that_somebody_else_put_back_is_set_again(name: str) -> None:
     install(CONFIG, world=kernel)
     kernel.sysctls[name] = 0
     assert install(CONFIG, world=kernel).changed == (f"set {Sysctl(name, 1)}",)
-
-
-# The lock -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def _own_lock(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "LOCK_NAME", f"\0tproxyd/test/{secrets.token_hex(8)}")
-
-
-@pytest.mark.usefixtures("_own_lock")
-def test_the_lock_is_free_again() -> None:
-    for _ in range(3):
-        with room._locked():
-            pass
-
-
-@pytest.mark.usefixtures("_own_lock")
-def test_the_second_waits_for_the_first() -> None:
-    order: list[str] = []
-    inside, waiting = threading.Event(), threading.Event()
-
-    def second() -> None:
-        inside.wait()
-        waiting.set()
-        with room._locked():
-            order.append("second")
-
-    thread = threading.Thread(target=second)
-    thread.start()
-    with room._locked():
-        inside.set()
-        waiting.wait()
-        order.append("first")
-    thread.join(10)
-    assert order == ["first", "second"]
-
-
-def _hold(name: str, held: Connection) -> None:
-    room.LOCK_NAME = name
-    with room._locked():
-        held.send(os.getpid())
-        signal.pause()
-
-
-@pytest.mark.usefixtures("_own_lock")
-def test_a_holder_that_is_killed_holds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    holder = context.Process(target=_hold, args=(room.LOCK_NAME, theirs))
-    holder.start()
-    try:
-        pid = ours.recv()
-        monkeypatch.setattr(room, "LOCK_PATIENCE_S", 0.05)
-        with pytest.raises(KernelError, match=rf"process {pid}\).*; end that process"):
-            room._locked().__enter__()
-        monkeypatch.setattr(room, "LOCK_PATIENCE_S", 10.0)
-        os.kill(pid, signal.SIGKILL)
-        with room._locked():
-            pass
-    finally:
-        holder.kill()
-        holder.join()
-        for end in (ours, theirs):
-            end.close()
-        holder.close()
-
-
-@pytest.mark.usefixtures("_own_lock")
-def test_a_holder_with_a_full_queue(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Waiters of before, long gone, are still in it: the next one must not block on connect."""
-    monkeypatch.setattr(room, "LOCK_PATIENCE_S", 0.05)
-    with room._locked(), contextlib.ExitStack() as queue:
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                waiter = queue.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
-                waiter.setblocking(False)
-                waiter.connect(room.LOCK_NAME)
-        with pytest.raises(KernelError, match="does not say which"):
-            room._locked().__enter__()
