@@ -21,21 +21,15 @@ from typing import NamedTuple
 
 from tproxyd.errors import KernelError
 from tproxyd.istio.options import PASSTHROUGH_V6
-from tproxyd.kernel import netlink
+from tproxyd.kernel import items, netlink
+from tproxyd.kernel.firewall import FULL_MASK
+from tproxyd.kernel.items import LO
 from tproxyd.kernel.netlink import RTM_DELROUTE, RTM_DELRULE, RTM_GETROUTE, RTM_GETRULE, Netlink
-from tproxyd.kernel.state import NUMBERS
+from tproxyd.kernel.state import NUMBERS, PolicyRule, Route
 
-_LO = 1
-_FULL_MASK = 0xFFFF_FFFF
-# linux/rtnetlink.h, fib_rules.h, if_addr.h
-_RTM_DELADDR = 21
-_RTN_LOCAL, _FR_ACT_TO_TBL = 2, 1
-_IFA_LOCAL = 2
+_RTM_DELADDR = 21  # linux/rtnetlink.h
+_IFA_LOCAL = 2  # linux/if_addr.h
 _UNSPEC, _BOOT = 0, 3  # protocol numbers: of Go's netlink, and of `ip`
-_RULE_HAS = {
-    *(netlink.TABLE, netlink.PRIORITY, netlink.RULE_PROTOCOL),
-    *(netlink.RULE_MARK, netlink.RULE_MASK, netlink.RULE_SUPPRESS_PREFIXLEN),
-}
 
 
 class Leftover(NamedTuple):
@@ -78,11 +72,11 @@ def _found(reader: Netlink, mark: int, table: int) -> Iterator[Leftover]:
                 text = f"istio-iptables' {ip} route local default dev lo table {table}"
                 yield Leftover(text, RTM_DELROUTE, route.raw)
     with contextlib.suppress(OSError):  # no IPv6
-        for address, length, protocol in reader.addresses(_LO):
+        for address, length, protocol in reader.addresses(LO):
             if (address, length) == (PASSTHROUGH_V6, 128) and protocol not in NUMBERS:
                 packed = socket.inet_pton(socket.AF_INET6, address)
-                body = struct.pack("=BBBBi", socket.AF_INET6, length, 0, 0, _LO)
-                body += struct.pack("=HH", 20, _IFA_LOCAL) + packed
+                body = struct.pack("=BBBBi", socket.AF_INET6, length, 0, 0, LO)
+                body += netlink.attribute(_IFA_LOCAL, packed)
                 yield Leftover(f"istio-iptables' {address}/128 on lo", _RTM_DELADDR, body)
 
 
@@ -93,24 +87,15 @@ def _list(reader: Netlink, kind: int, family: int, table: int) -> list[netlink.I
         return []
 
 
-def _is_rule(rule: netlink.Item, mark: int, table: int) -> bool:
-    return (
-        rule.action == _FR_ACT_TO_TBL
-        and rule.dst_len == rule.src_len == rule.tos == rule.flags == 0
-        and rule.number(netlink.RULE_MARK) == mark
-        and rule.number(netlink.RULE_MASK) in (None, _FULL_MASK)
-        and rule.number(netlink.TABLE) == table
-        and rule.number(netlink.RULE_PROTOCOL) in (None, _UNSPEC, _BOOT)
-        and rule.number(netlink.RULE_SUPPRESS_PREFIXLEN) in (None, _FULL_MASK)
-        and rule.attributes.keys() <= _RULE_HAS
-    )
+def _is_rule(item: netlink.Item, mark: int, table: int) -> bool:
+    match items.rule(item):
+        case PolicyRule(_, _, value, mask, to, protocol):
+            return (value, mask, to) == (mark, FULL_MASK, table) and protocol in (_UNSPEC, _BOOT)
+    return False
 
 
-def _is_route(route: netlink.Item, table: int) -> bool:
-    return (
-        route.action == _RTN_LOCAL
-        and route.dst_len == route.src_len == route.tos == 0
-        and route.number(netlink.OIF) == _LO
-        and route.number(netlink.TABLE) == table
-        and route.protocol in (_UNSPEC, _BOOT)
-    )
+def _is_route(item: netlink.Item, table: int) -> bool:
+    match items.route(item):
+        case Route(_, of, protocol, destination):
+            return (of, destination) == (table, "default") and protocol in (_UNSPEC, _BOOT)
+    return False

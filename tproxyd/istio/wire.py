@@ -29,7 +29,7 @@ from types import TracebackType
 from typing import NamedTuple
 
 from tproxyd.addr import Endpoint
-from tproxyd.kernel.netlink import Netlink
+from tproxyd.kernel.netlink import Netlink, attribute
 
 NEAR, FAR = "tproxyd-near", "tproxyd-far"
 HERE = {False: "192.0.2.2", True: "2001:db8::2"}  # by whether it is IPv6
@@ -59,15 +59,15 @@ class Wire:
 
     def __enter__(self) -> Wire:
         remove()
-        peer = _link(0) + _attribute(_IFLA_IFNAME, FAR.encode() + b"\0")
-        data = _attribute(_INFO_DATA, _attribute(_VETH_PEER, peer))
+        peer = _link(0) + attribute(_IFLA_IFNAME, FAR.encode() + b"\0")
+        data = attribute(_INFO_DATA, attribute(_VETH_PEER, peer))
         _ask(
             _NEWLINK,
             _NEW,
             _link(0)
-            + _attribute(_IFLA_IFNAME, NEAR.encode() + b"\0")
-            + _attribute(_IFLA_ADDRESS, _NEAR_MAC)
-            + _attribute(_IFLA_LINKINFO, _attribute(_INFO_KIND, b"veth") + data),
+            + attribute(_IFLA_IFNAME, NEAR.encode() + b"\0")
+            + attribute(_IFLA_ADDRESS, _NEAR_MAC)
+            + attribute(_IFLA_LINKINFO, attribute(_INFO_KIND, b"veth") + data),
         )
         try:
             for name in (FAR, NEAR):  # which can't be made so: one end alone does not come up
@@ -94,16 +94,16 @@ class Wire:
             _NEWADDR,
             _NEW,
             struct.pack("=BBBBi", family, _LENGTH[v6], 0, 0, index)
-            + _attribute(_IFA_LOCAL, here)
-            + _attribute(_IFA_ADDRESS, here)
-            + _attribute(_IFA_FLAGS, struct.pack("=I", _IFA_F_NODAD)),
+            + attribute(_IFA_LOCAL, here)
+            + attribute(_IFA_ADDRESS, here)
+            + attribute(_IFA_FLAGS, struct.pack("=I", _IFA_F_NODAD)),
         )
         _ask(
             _NEWNEIGH,
             _NEW,
             struct.pack("=BxxxiHBB", family, index, _NUD_PERMANENT, 0, 0)
-            + _attribute(_NDA_DST, there)
-            + _attribute(_NDA_LLADDR, _NOBODYS_MAC),
+            + attribute(_NDA_DST, there)
+            + attribute(_NDA_LLADDR, _NOBODYS_MAC),
         )
 
 
@@ -124,10 +124,6 @@ def remove() -> bool:
 def _link(index: int, flags: int = 0) -> bytes:
     """An ifinfomsg; flags are those to be set."""
     return struct.pack("=BxHiII", 0, 0, index, flags, flags)
-
-
-def _attribute(kind: int, value: bytes) -> bytes:
-    return struct.pack("=HH", 4 + len(value), kind) + value + bytes(-len(value) % 4)
 
 
 def _ask(kind: int, flags: int, body: bytes) -> None:
