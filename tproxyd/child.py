@@ -45,8 +45,7 @@ def fork(body: Callable[[], None], keep: Iterable[int]) -> int:
     there can be no more processes.
     """
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None:  # `tproxyd install >&-`
-            stream.flush()
+        stream.flush()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         pid = os.fork()
@@ -103,6 +102,5 @@ def _default_signals() -> None:
 def _flush() -> None:
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            with contextlib.suppress(OSError, ValueError):  # whoever read it is gone
-                stream.flush()
+        with contextlib.suppress(OSError, ValueError):  # whoever read it is gone
+            stream.flush()

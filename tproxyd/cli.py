@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import functools
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 
-from tproxyd import arguments
+from tproxyd import arguments, stdio
 from tproxyd.arguments import ISTIO_IPTABLES
 from tproxyd.config import Backend, Config
 from tproxyd.configfile import only_admin
@@ -40,16 +41,14 @@ _CHANGE_TIMEOUT_S = 60.0
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
-    words = _words() if argv is None else list(argv)
+    if argv is None:
+        stdio.prepare()
+        argv = _words()
     try:
-        if words[:1] == [ISTIO_IPTABLES]:
-            code = istio_iptables(words[1:])
-        else:
-            args = _arguments().parse_args(words)
-            command: Callable[[argparse.Namespace], int] = args.command
-            code = command(args)
-        sys.stdout.flush()
-        return code
+        try:
+            return _command(argv)
+        finally:  # argparse ends by SystemExit
+            sys.stdout.flush()
     except ConfigError as error:
         return _failed(error, USAGE)
     except KernelError as error:
@@ -58,10 +57,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(error, FOUND)
     except KeyboardInterrupt:
         return _INTERRUPTED
-    except BrokenPipeError:
-        # Who read our output has seen enough (| head). The interpreter would flush once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _PIPE_CLOSED
+    except stdio.StdoutError as error:
+        stdio.forget()
+        if error.errno == errno.EPIPE:
+            return _PIPE_CLOSED  # who read our output has seen enough (| head)
+        why = (error.strerror or str(error)).lower()
+        return _failed(f"can't write to stdout: {why}; see where it goes", FOUND)
+
+
+def _command(words: Sequence[str]) -> int:
+    if words[:1] == [ISTIO_IPTABLES]:
+        return istio_iptables(list(words[1:]))
+    args = _arguments().parse_args(words)
+    command: Callable[[argparse.Namespace], int] = args.command
+    return command(args)
 
 
 def _words() -> list[str]:
@@ -69,7 +78,7 @@ def _words() -> list[str]:
     return [ISTIO_IPTABLES, *words] if os.path.basename(called) == ISTIO_IPTABLES else words
 
 
-def _failed(error: TproxydError, code: int) -> int:
+def _failed(error: TproxydError | str, code: int) -> int:
     print(f"tproxyd: {error}", file=sys.stderr)
     return code
 

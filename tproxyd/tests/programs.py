@@ -66,13 +66,18 @@ class Program(Talker):
     """`with Program(config) as program`, from its start until every process of it is gone."""
 
     def __init__(
-        self, config: str, *options: str, environment: dict[str, str] | None = None
+        self,
+        config: str,
+        *options: str,
+        environment: dict[str, str] | None = None,
+        closed: Sequence[int] = (),
     ) -> None:
-        """`config` may say PORT and ADMIN, each a free port."""
+        """`config` may say PORT and ADMIN, each a free port. It starts without files `closed`."""
         super().__init__()
         self.port, self.admin_port = free_port(), free_port()
         self._config, self._options = config, options
         self._environment = environment or {}
+        self._closed = closed
         self._exit = ExitStack()
 
     def __enter__(self) -> Program:
@@ -100,9 +105,14 @@ class Program(Talker):
             env={**os.environ, **self._environment},
             start_new_session=True,
             pass_fds=kept,
+            preexec_fn=self._close_some,
         )
         self._sessions.append(self.process)
         self.pid = self.process.pid
+
+    def _close_some(self) -> None:
+        for fd in self._closed:
+            os.close(fd)
 
     def no_more_of_it(self) -> None:
         """`rest` ends when every process is gone: this one must not hold the pipe either."""

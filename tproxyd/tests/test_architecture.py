@@ -25,6 +25,7 @@ ALLOWED = {
     "linux": {"addr"},
     "peer": set(),
     "child": set[str](),
+    "stdio": set[str](),
     "config": {"addr", "reader"},
     "environment": {"errors"},
     "configfile": {"config", "environment", "addr", "errors", "reader"},
@@ -36,7 +37,7 @@ ALLOWED = {
     "doctor": {"proc", "flow", "kernel", "config", "addr", "errors", "linux"},
     "arguments": {"configsource", "config", "environment", "addr", "proc"},
     "cli": {
-        *("arguments", "doctor", "istio", "proc", "flow", "kernel"),
+        *("arguments", "stdio", "doctor", "istio", "proc", "flow", "kernel"),
         *("config", "configfile", "configsource", "environment", "addr", "errors", "linux"),
     },
     "__main__": {"cli"},

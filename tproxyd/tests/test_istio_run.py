@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from tproxyd import cli
+from tproxyd import cli, stdio
 from tproxyd.errors import KernelError
 from tproxyd.istio import run
 from tproxyd.istio.invocation import Invocation
@@ -172,6 +172,7 @@ def test_called_by_either_name(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(stdio, "prepare", lambda: None)  # stdout is pytest's
     monkeypatch.setattr("sys.argv", [called, *words, "--help"])
     assert cli.main() == 0
     assert capsys.readouterr().out.startswith("usage: istio-iptables ")
