@@ -25,7 +25,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 log = logging.getLogger("tproxyd")
 
@@ -58,7 +58,7 @@ def fork(body: Callable[[], None], keep: Iterable[int]) -> int:
     code = EXIT_BUG
     try:
         gc.freeze()
-        _close_all_but({0, 1, 2, *keep})
+        close_all_but({0, 1, 2, *keep})
         _default_signals()
         body()
         code = 0
@@ -79,13 +79,18 @@ def ending_of(code: int) -> str:
     return f"ended with exit status {code}"
 
 
-def _close_all_but(keep: set[int]) -> None:
-    low = 0
-    for fd in sorted(keep):
-        if low < fd:  # os.closerange(0, 0) wraps around and closes everything
-            os.closerange(low, fd)  # close_range(2): one call a gap, however wide
-        low = fd + 1
-    os.closerange(low, 1 << 30)
+def close_all_but(keep: Collection[int]) -> None:
+    """Not by os.closerange(): where close_range(2) is not to be had (a sandbox, a Python that was
+    built for an old libc) that tries 2^30 numbers, for minutes.
+    """
+    try:
+        numbers: Iterable[int] = map(int, os.listdir("/proc/self/fd"))
+    except OSError:  # no number is free to read it by: then these are no more than are open
+        numbers = range(os.sysconf("SC_OPEN_MAX"))
+    for fd in numbers:
+        if fd not in keep:
+            with contextlib.suppress(OSError):  # the one that it was read by
+                os.close(fd)
 
 
 def _default_signals() -> None:

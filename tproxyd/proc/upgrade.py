@@ -162,7 +162,8 @@ def _stand_between(files: Sequence[tuple[str, socket.socket]], tell: int) -> Non
         os.close(tell)
         _execute(files)
     os.write(tell, str(pid).encode())
-    os.closerange(3, 1 << 30)  # above all the channel: its EOF means that the new process is gone
+    # Above all the channel: its EOF means that the new process is gone.
+    child.close_all_but({0, 1, 2})
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if code < 0:
         with contextlib.suppress(OSError):  # SIGKILL has no other handling

@@ -292,7 +292,7 @@ def test_it_dies_with_who_forked_it(monkeypatch: pytest.MonkeyPatch) -> None:
         os.write(told, b"%d" % os.getpid())
         signal.pause()
 
-    monkeypatch.setattr(child, "_close_all_but", lambda _: None)  # `told` is for the test
+    monkeypatch.setattr(child, "close_all_but", lambda _: None)  # `told` is for the test
     pyroute2_that(monkeypatch, rule=hangs)
 
     def forks() -> None:
