@@ -52,12 +52,13 @@ class Handler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            line = self.format(record)
+            text = self.format(record)
         except Exception:
             self.handleError(record)
             return
         writer = self._mine()
-        writer.write(f"{self._prefix(record.levelno)}{line}\n")
+        prefix = self._prefix(record.levelno)
+        writer.write("".join(f"{prefix}{line}\n" for line in text.split("\n")))
         writer.flush()
         if self._lost and self._failure is None and not writer.waiting:
             lost, self._lost = self._lost, 0

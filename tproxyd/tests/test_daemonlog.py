@@ -94,6 +94,27 @@ def test_the_journal_is_told_the_level(
     assert said(pipe[0])[0] in "t{"
 
 
+def test_the_journal_is_told_the_level_of_every_line(
+    pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It makes an entry of each, and `journalctl -p err` is to show the reasons too."""
+    info = os.fstat(pipe[1])
+    monkeypatch.setenv("JOURNAL_STREAM", f"{info.st_dev}:{info.st_ino}")
+    handler = Handler(TEXT, pipe[1])
+    handler.emit(record("reload: can't use x.toml:\n  mark: a\u2028b\n  table: c", logging.ERROR))
+    said_of_it = "<3>tproxyd: reload: can't use x.toml:\n<3>  mark: a\u2028b\n<3>  table: c\n"
+    assert said(pipe[0]) == said_of_it
+    try:
+        raise RuntimeError("a bug")
+    except RuntimeError:
+        it = record("can't", logging.WARNING)
+        it.exc_info = sys.exc_info()
+    handler.emit(it)
+    lines = said(pipe[0]).splitlines()
+    assert lines[-1] == "<4>RuntimeError: a bug"
+    assert all(line.startswith("<4>") for line in lines)
+
+
 def test_a_reader_that_does_not_read(pipe: tuple[int, int]) -> None:
     """What it has no room for waits; over a limit lines are lost, and the log then says so."""
     handler = Handler(TEXT, pipe[1])
