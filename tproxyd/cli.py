@@ -245,10 +245,10 @@ def status(args: argparse.Namespace) -> int:
     config = read_config(args.config)
     from tproxyd.proc.ask import look
 
-    snapshot, listing = json.loads(look(config, "/status")), None
+    snapshot, listing = look(config, "/status"), None
     if args.connections is not None:
         path = f"/connections?sort={args.sort}&limit={args.connections}"
-        listing = json.loads(look(config, path))
+        listing = look(config, path)
     if args.json:
         print(json.dumps(snapshot | ({"open": listing} if listing else {}), indent=2))
         return FINE

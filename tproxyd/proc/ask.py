@@ -105,38 +105,50 @@ def ask(name: str, request: Request, timeout: float = TIMEOUT_S) -> Answer:
 # What there is to be seen ------------------------------------------------------------------------
 
 
-def look(config: Config, path: str, timeout: float = TIMEOUT_S) -> str:
-    """What the daemon has at `path` (proc/pages.py): from its admin endpoint, which everybody may
-    ask; where it has none, over the command socket.
+# What nobody else's answer there has.
+_OURS = {"status": "workers", "connections": "silent", "history": "last"}
+
+
+def look(config: Config, path: str, timeout: float = TIMEOUT_S) -> Any:  # noqa: ANN401 - JSON
+    """What the daemon has at `path` (proc/pages.py), which is JSON: from its admin endpoint, which
+    everybody may ask; where it has none, over the command socket. Raises Unreachable.
     """
     if config.admin is not None:
         return _get(config.admin, path, timeout)
     answer = ask(name_of(config), {"verb": "get", "path": path}, timeout)
     if answer["code"] != 200:
         raise _unreachable(answer["body"].strip(), "is it of this version?")
-    return str(answer["body"])
+    return json.loads(answer["body"])
 
 
-def _get(where: Endpoint, path: str, timeout: float) -> str:
+def _get(where: Endpoint, path: str, timeout: float) -> object:
     """By HTTP, which is here too plain for http.client and its 17 ms."""
     request = f"GET {path} HTTP/1.1\r\nHost: {where}\r\nConnection: close\r\n\r\n"
     try:
         with socket.create_connection(where, timeout=timeout) as sock:
             sock.sendall(request.encode())
-            answer = b"".join(iter(lambda: sock.recv(1 << 18), b"")).decode()
+            answer = b"".join(iter(lambda: sock.recv(1 << 18), b""))
     except OSError as error:
         why = "no answer" if isinstance(error, TimeoutError) else error.strerror
         raise Unreachable(
             f"can't ask the daemon at {where}: {why}; start it with tproxyd run,"
             " or name its configuration with -c"
         ) from None
-    head, _, body = answer.partition("\r\n\r\n")
+    head, _, body = answer.decode(errors="replace").partition("\r\n\r\n")
     if not head.startswith("HTTP/1.1 200 "):
-        first = head.partition("\r\n")[0] or "nothing"
-        raise Unreachable(
-            f"can't ask the daemon at {where}: it answered {first}; is that tproxyd? ss -ltnp"
-        )
-    return body
+        raise _stranger(where, head.partition("\r\n")[0] or "nothing")
+    with contextlib.suppress(ValueError):
+        found = json.loads(body)
+        if isinstance(found, dict) and _OURS[path.strip("/").partition("?")[0]] in found:
+            return found
+    raise _stranger(where, f"something else at {path}")
+
+
+def _stranger(where: Endpoint, said: str) -> Unreachable:
+    line = "".join(each if each.isprintable() else "?" for each in said[:76])
+    return Unreachable(
+        f"can't ask the daemon at {where}: it answered {line}; is that tproxyd? ss -ltnp"
+    )
 
 
 def _all_of(sock: socket.socket) -> bytes:

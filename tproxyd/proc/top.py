@@ -1,9 +1,10 @@
 """`tproxyd top`: the running daemon, live, on a terminal. By rich, an extra of this package.
 
 It asks what `status` asks, once a second, and draws a frame that fits: what is wrong stands first,
-then rates, listeners and workers, and as many connections as there are lines left. Where nobody can
-press a key, because the output is no terminal or --once was said, it draws one frame. As JSON it is
-an object a line, a second apart, until who reads it has enough.
+then rates, listeners and workers, and as many connections as there are lines left. It draws one
+frame where it can't draw the next over it (the output is no terminal, or one with TERM=dumb), where
+nobody can press a key, and with --once. As JSON it is an object a line, a second apart, until who
+reads it has enough.
 
 When the daemon stops answering, the last frame stays and says so, until it answers again.
 """
@@ -70,9 +71,10 @@ def run(config: Config, sort: Sort, *, once: bool, as_json: bool) -> None:
         _stream(config, sort, once)
         return
     console = Console(highlight=False)
-    if once or not (console.is_terminal and sys.stdin.isatty()):
+    if once or console.is_dumb_terminal or not (console.is_terminal and sys.stdin.isatty()):
         if not console.is_terminal:  # rich takes 80 for the width of a file
-            console.width = int(os.environ.get("COLUMNS", _WIDE))
+            columns = os.environ.get("COLUMNS", "")
+            console.width = (int(columns) if columns.isdecimal() else 0) or _WIDE
         seen = _ask(config, sort, LIMIT, None)
         console.print(frame(seen, sort, console.width, len(seen.listing["connections"])))
         return
@@ -90,10 +92,10 @@ def run(config: Config, sort: Sort, *, once: bool, as_json: bool) -> None:
 
 def _ask(config: Config, sort: Sort, limit: int, before: Seen | None) -> Seen:
     try:
-        now = json.loads(look(config, "/status", PATIENCE_S))
-        listed = json.loads(look(config, f"/connections?sort={sort}&limit={limit}", PATIENCE_S))
+        now = look(config, "/status", PATIENCE_S)
+        listed = look(config, f"/connections?sort={sort}&limit={limit}", PATIENCE_S)
         after = before.last if before is not None and before.status["pid"] == now["pid"] else 0
-        past = json.loads(look(config, f"/history?after={after}", PATIENCE_S))
+        past = look(config, f"/history?after={after}", PATIENCE_S)
     except Unreachable as error:
         if before is None:
             raise

@@ -21,7 +21,6 @@ import pytest
 
 from tproxyd import cli
 from tproxyd.proc import ask as ask_module
-from tproxyd.proc import figures
 from tproxyd.proc.rows import Listing
 from tproxyd.proc.status import Snapshot, draw
 from tproxyd.proc.worker import WorkerSpec
@@ -340,14 +339,27 @@ def test_status_without_a_daemon(tproxyd: Shown, toml: Toml) -> None:
     assert tproxyd("status", "-c", toml(f'admin = "127.0.0.1:{port}"')) == (1, "", said)
 
 
-@pytest.mark.parametrize("answer", [b"", b"SSH-2.0-x\r\n", b"HTTP/1.1 404 Not Found\r\n\r\n"])
-def test_status_of_something_else(
-    answer: bytes, tproxyd: Shown, toml: Toml, admin_port: Start
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (b"", "nothing"),
+        (b"SSH-2.0-x\r\n", "SSH-2.0-x"),
+        (b"\xff\0\x1b[2J" * 20, ("\ufffd??[2J" * 20)[:76]),
+        (b"HTTP/1.1 404 Not Found\r\n\r\n", "HTTP/1.1 404 Not Found"),
+        (b"HTTP/1.1 200 OK\r\n\r\n<p>It works!", "something else at /status"),
+        (b"HTTP/1.1 200 OK\r\n\r\n\xff", "something else at /status"),
+        (b'HTTP/1.1 200 OK\r\n\r\n["status"]', "something else at /status"),
+        (b'HTTP/1.1 200 OK\r\n\r\n{"status": "UP"}', "something else at /status"),
+        (b'HTTP/1.1 200 OK\r\n\r\n{"version": "0.1', "something else at /status"),
+    ],
+)
+@pytest.mark.parametrize("noun", ["status", "top"])
+def test_something_else_answers(
+    noun: str, answer: bytes, said: str, tproxyd: Shown, toml: Toml, admin_port: Start
 ) -> None:
-    code, out, err = tproxyd("status", "-c", toml(admin_port(answer).toml))
+    code, out, err = tproxyd(noun, "-c", toml(admin_port(answer).toml))
     assert (code, out) == (1, "")
-    said = answer.decode().partition("\r\n")[0] or "nothing"
-    assert f": it answered {said}; is that tproxyd?" in err
+    assert f": it answered {said}; is that tproxyd? ss -ltnp" in err
 
 
 # kill ---------------------------------------------------------------------------------------------
@@ -458,6 +470,21 @@ def test_top_into_a_file_is_one_frame(
     assert not any(line != line.rstrip() for line in out.splitlines() if not line.strip())
 
 
+@pytest.mark.parametrize(("columns", "width"), [("", 140), ("x", 140), ("0", 140), ("90", 90)])
+def test_top_into_a_file_as_wide_as_one_wants(
+    columns: str,
+    width: int,
+    tproxyd: Shown,
+    toml: Toml,
+    admin_port: Start,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    code, out, err = tproxyd("top", "--once", "-c", toml(admin_port(*TOP).toml))
+    assert (code, err) == (0, "")
+    assert len(out.splitlines()[0]) == width
+
+
 def test_top_as_json_is_an_object_a_line(tproxyd: Shown, toml: Toml, admin_port: Start) -> None:
     _, out, _ = tproxyd("top", "--once", "--json", "-c", toml(admin_port(*TOP).toml))
     (line,) = out.splitlines()
@@ -479,10 +506,10 @@ def test_top_without_rich_says_how_to_get_it(toml: Toml) -> None:
 class Terminal:
     """`tproxyd top` at a terminal of this size."""
 
-    def __init__(self, path: str, columns: int, lines: int) -> None:
+    def __init__(self, path: str, columns: int, lines: int, term: str = "xterm-256color") -> None:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
-            size = {"COLUMNS": str(columns), "LINES": str(lines), "TERM": "xterm-256color"}
+            size = {"COLUMNS": str(columns), "LINES": str(lines), "TERM": term}
             argv = [sys.executable, "-m", "tproxyd", "top", "-c", path]
             os.execve(sys.executable, argv, {**os.environ, **size})
         self.text = ""
@@ -527,44 +554,16 @@ def test_top_at_a_terminal(columns: int, lines: int, toml: Toml) -> None:
         assert top.end() == 0
 
 
+def test_top_at_a_terminal_that_can_draw_nothing_over(toml: Toml, admin_port: Start) -> None:
+    top = Terminal(toml(admin_port(*TOP).toml), 80, 24, "dumb")
+    top.wait_for("open connections, by bytes")
+    assert "\x1b" not in top.text
+    assert top.end() == 0
+
+
 def answers_questions(spec: WorkerSpec) -> None:
     """A worker that has no connections, and says so."""
     spec.control.send(b"ready\n")
     while (word := spec.control.recv(1000)) not in (b"", b"drain\n", b"cut\n"):
         serial = word.split()[1].decode()
         spec.control.send(f'live {serial} {{"rows": [], "open": 0, "last": true}}\n'.encode())
-
-
-# Numbers ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [
-        (0, "0 B"),
-        (999, "999 B"),
-        (1000, "1.0 kB"),
-        (9940, "9.9 kB"),
-        (9960, "10 kB"),
-        (999_400, "999 kB"),
-        (999_600, "1.0 MB"),
-        (5.6e9, "5.6 GB"),
-        (2e18, "2000 PB"),
-    ],
-)
-def test_sizes(count: float, text: str) -> None:
-    assert figures.size(count) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0.0 s"), (9.94, "9.9 s"), (42, "42 s"), (100, "2 m"), (7200, "2 h"), (864_000, "10 d")],
-)
-def test_ages(seconds: float, text: str) -> None:
-    assert figures.age(seconds) == text
-
-
-def test_sparklines() -> None:
-    assert figures.sparkline([0, 1, 7, 3.5], 6) == "   ▂█▅"
-    assert figures.sparkline([1, 2, 3], 2) == "▆█"
-    assert figures.sparkline([], 3) == "   "
