@@ -6,7 +6,9 @@ the test.
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import threading
 from collections.abc import Iterator
 
@@ -140,6 +142,25 @@ def test_drift_turns_it_red_and_healing_green(
     wait_for(lambda: verdict(browser) == "good", "a green verdict again", PATIENCE_S)
     assert browser.text("#kernel").startswith("stands")
     assert browser.text("#reasons") == ""
+    assert browser.console() == []
+
+
+def test_a_reload_is_nothing_bad(net: Topology, daemon: Daemon, browser: Browser) -> None:
+    """Workers of before that see their connections off are shown as that, and not as missing."""
+    workers = os.sched_getaffinity(0)
+    pair = net.pair()
+    daemon.signal(signal.SIGHUP)
+    wait_for(lambda: daemon.status()["reload"]["done"] == 1, "the reload")
+    browser.open(PAGE)
+    ready = f"{len(workers)} of {len(workers)} ready"
+    wait_says(browser, "#ready", f"^{ready}, 1 draining with 1 connection$")
+    assert verdict(browser) == "good"
+    assert re.search(r"\d\s+draining\s+1\s", browser.text("#workers tr:last-child"))
+    assert browser.run("return document.querySelector('#workers .wrong')") is None
+    pair.client.close()
+    assert pair.app.recv(1) == b""
+    pair.app.close()
+    wait_says(browser, "#ready", f"^{ready}$")
     assert browser.console() == []
 
 

@@ -230,7 +230,10 @@ def _listeners(s: Snapshot) -> Table:
 def _workers(s: Snapshot) -> Table:
     table = _table("WORKER", "PID", "STATE", "OPEN", right=("PID", "OPEN"))
     for each in s["workers"]:
-        state = Text(each["state"], "" if each["state"] == "ready" else "red")
+        # A reload brings workers beside those that serve, which come first, and retires others.
+        calm = each["generation"] != s["workers"][0]["generation"] or each["state"] == "draining"
+        style = "dim" if calm else "" if each["state"] == "ready" else "red"
+        state = Text(each["state"], style)
         table.add_row(str(each["slot"]), str(each["pid"] or "-"), state, str(each["active"]))
     return table
 

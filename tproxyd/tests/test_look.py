@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.text import Text
 
 from tproxyd import cli
 from tproxyd.proc import ask as ask_module
+from tproxyd.proc import top
 from tproxyd.proc.rows import Listing
 from tproxyd.proc.status import Snapshot, draw
 from tproxyd.proc.worker import WorkerSpec
@@ -470,6 +472,17 @@ def test_top_into_a_file_is_one_frame(
     assert not any(line != line.rstrip() for line in out.splitlines() if not line.strip())
 
 
+def test_top_of_a_reload_is_red_only_where_a_worker_is_missing() -> None:
+    workers = [(2, "ready"), (2, "down"), (3, "starting"), (1, "draining")]
+    some = [
+        SNAPSHOT["workers"][0] | {"generation": generation, "state": state}
+        for generation, state in workers
+    ]
+    table = top._workers(SNAPSHOT | {"workers": some})
+    states = [cell for cell in table.columns[2].cells if isinstance(cell, Text)]
+    assert [str(each.style) for each in states] == ["", "red", "dim", "dim"]
+
+
 @pytest.mark.parametrize(("columns", "width"), [("", 140), ("x", 140), ("0", 140), ("90", 90)])
 def test_top_into_a_file_as_wide_as_one_wants(
     columns: str,
@@ -541,24 +554,24 @@ def test_top_at_a_terminal(columns: int, lines: int, toml: Toml) -> None:
     """It follows keys, says when the daemon is gone, and gives the terminal back."""
     with Daemon(answers_questions) as daemon:
         path = toml(f'admin = "{daemon.wait_ready().config.admin}"')
-        top = Terminal(path, columns, lines)
-        top.wait_for("\x1b[?1049h")  # the other screen of the terminal
-        top.wait_for("open connections, by bytes")
-        top.press("r")
-        top.wait_for("open connections, by rate")
-        top.press("c")
-        top.wait_for("open connections, by client")
+        terminal = Terminal(path, columns, lines)
+        terminal.wait_for("\x1b[?1049h")  # the other screen of the terminal
+        terminal.wait_for("open connections, by bytes")
+        terminal.press("r")
+        terminal.wait_for("open connections, by rate")
+        terminal.press("c")
+        terminal.wait_for("open connections, by client")
         daemon.signal(signal.SIGKILL)
-        top.wait_for("NO ANSWER")
-        top.press("q")
-        assert top.end() == 0
+        terminal.wait_for("NO ANSWER")
+        terminal.press("q")
+        assert terminal.end() == 0
 
 
 def test_top_at_a_terminal_that_can_draw_nothing_over(toml: Toml, admin_port: Start) -> None:
-    top = Terminal(toml(admin_port(*TOP).toml), 80, 24, "dumb")
-    top.wait_for("open connections, by bytes")
-    assert "\x1b" not in top.text
-    assert top.end() == 0
+    terminal = Terminal(toml(admin_port(*TOP).toml), 80, 24, "dumb")
+    terminal.wait_for("open connections, by bytes")
+    assert "\x1b" not in terminal.text
+    assert terminal.end() == 0
 
 
 def answers_questions(spec: WorkerSpec) -> None:
