@@ -19,7 +19,7 @@ from lib.waits import stays, wait_for
 
 SLOW = 200  # three times the places there are
 FLOOD = 3000
-REQUEST = b"GET /livez HTTP/1.1\r\nHost: pod\r\n"
+REQUEST = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n"
 # Of the supervisor, whoever comes: 64 heads of 8 KiB, as much again in its streams, and what an
 # allocator keeps.
 GROWS_AT_MOST_KIB = 8 * 1024

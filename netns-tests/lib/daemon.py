@@ -225,7 +225,9 @@ class Daemon:
         """Status and body of GET `path` at the admin port."""
         with self.namespace.connect("127.0.0.1", ADMIN_PORT) as sock:
             sock.settimeout(timeout)
-            sock.sendall(f"GET {path} HTTP/1.1\r\nHost: pod\r\nConnection: close\r\n\r\n".encode())
+            sock.sendall(
+                f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
+            )
             answer = b"".join(iter(lambda: sock.recv(65536), b"")).decode()
         head, _, body = answer.partition("\r\n\r\n")
         return int(head.split()[1]), body

@@ -220,7 +220,7 @@ class Machine:
     def status(self) -> dict[str, Any]:
         """Of the running daemon, whatever has become of its configuration file."""
         with self.net.pod.connect("127.0.0.1", ADMIN_PORT) as sock:
-            sock.sendall(b"GET /status HTTP/1.1\r\nHost: pod\r\nConnection: close\r\n\r\n")
+            sock.sendall(b"GET /status HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
             answer = b"".join(iter(lambda: sock.recv(65536), b"")).decode()
         return dict(json.loads(answer.partition("\r\n\r\n")[2]))
 

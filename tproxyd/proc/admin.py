@@ -10,15 +10,18 @@ restart a container whose /livez does not answer. A probe sends its head at once
 before the 64th behind it is accepted (ACCEPT_AT_ONCE).
 
 No TLS and no authentication: it listens on 127.0.0.1 unless told otherwise, and changes nothing.
+There a Host that is a name other than localhost is refused: it would be a web page whose own name
+was made to mean 127.0.0.1, so that its script may read what is here (DNS rebinding).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import socket
 
-from tproxyd.addr import Endpoint
+from tproxyd.addr import Endpoint, parse_ip
 from tproxyd.errors import KernelError
 from tproxyd.proc.pages import Found, Provider, find
 
@@ -40,7 +43,10 @@ BACKLOG = 1024
 
 _END = b"\r\n\r\n"
 _REASONS = {200: "OK", 400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed"}
-_REASONS |= {500: "Internal Server Error", 503: "Service Unavailable"}
+_REASONS |= {421: "Misdirected Request", 500: "Internal Server Error", 503: "Service Unavailable"}
+
+_HOST = re.compile(rb"\r\nhost:[ \t]*([^\r]*)", re.IGNORECASE)
+_OF_LOOPBACK = re.compile(rb"(localhost|[\d.]+|\[[\da-f:.]+\])?(:\d*)?[ \t]*", re.IGNORECASE)
 
 
 def open_socket(where: Endpoint) -> socket.socket:
@@ -66,15 +72,17 @@ def open_socket(where: Endpoint) -> socket.socket:
 class Server:
     """`server = await Server.start(sock, provider)`, and `await server.close()` at the end."""
 
-    def __init__(self, provider: Provider) -> None:
-        self._provider = provider
+    def __init__(self, provider: Provider, loopback: bool) -> None:
+        """`loopback`: only this host can ask."""
+        self._provider, self._loopback = provider, loopback
         # The oldest first: those whose turn it is to say something, and those being answered.
         self._idle: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
         self._busy: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
 
     @classmethod
     async def start(cls, sock: socket.socket, provider: Provider) -> Server:
-        server = cls(provider)
+        host, _ = sock.getsockname()[:2]
+        server = cls(provider, parse_ip(host).is_loopback)
         # readuntil() compares its limit with what stands before the blank line.
         limit = MAX_HEAD - len(_END)
         server._server = await asyncio.start_server(
@@ -137,6 +145,9 @@ class Server:
                 pass
             case _:
                 return _plain(400, "this is not an HTTP/1.1 request")
+        if self._loopback and not all(map(_OF_LOOPBACK.fullmatch, _HOST.findall(head))):
+            why = "another name may be that of a web page which was made to mean this host"
+            return _plain(421, f"only localhost and addresses are answered as Host here: {why}")
         if method not in (b"GET", b"HEAD"):
             return _plain(405, "only GET and HEAD are answered here", "Allow: GET, HEAD\r\n")
         try:

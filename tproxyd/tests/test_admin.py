@@ -73,7 +73,9 @@ class Scene:
         return head, body
 
     async def get(self, path: str, method: str = "GET") -> tuple[int, str, str]:
-        head, body = await self.send(f"{method} {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        head, body = await self.send(
+            f"{method} {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+        )
         return int(head.split()[1]), head, body
 
 
@@ -163,6 +165,33 @@ def test_a_query_that_makes_no_sense_is_400(path: str, why: str) -> None:
         assert "?sort=bytes|" in body or "?after=N" in body
 
     assert not in_scene(test)
+
+
+@pytest.mark.parametrize(
+    ("where", "hosts", "code"),
+    [
+        ("127.0.0.1", ["", "localhost", "LOCALHOST:9133", "127.0.0.1", "10.1.2.3:80"], 200),
+        ("::1", ["[::1]", "[::ffff:127.0.0.1]:9133", "[fd00::7]:80"], 200),
+        ("127.0.0.1", ["a.example", "a.example:9133", "localhost.example", "1.a", "x@[::1]"], 421),
+        ("::1", ["a.example"], 421),
+        ("0.0.0.0", ["a.example", "node-7:9133"], 200),
+    ],
+)
+def test_a_name_that_anybody_may_have_made_up(where: str, hosts: list[str], code: int) -> None:
+    """A web page reads what its own name is resolved to, 127.0.0.1 too: DNS rebinding. Where others
+    may ask, they do so by any name.
+    """
+
+    async def test(scene: Scene) -> None:
+        for host in hosts:
+            for line in (f"Host: {host}", f"x: localhost\r\nhost:{host} \r\nHost: {host}"):
+                head, body = await scene.send(f"GET /livez HTTP/1.1\r\n{line}\r\n\r\n".encode())
+                assert head.startswith(f"HTTP/1.1 {code} "), line
+                assert ("ok" if code == 200 else "localhost") in body
+        head, _ = await scene.send(b"GET /livez HTTP/1.0\r\n\r\n")
+        assert head.startswith("HTTP/1.1 200 ")
+
+    assert not in_scene(test, Endpoint(where, 0))
 
 
 def test_the_page_is_whole_and_forbids_all_else() -> None:
