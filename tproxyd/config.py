@@ -195,6 +195,8 @@ class Listener:
     send_tlvs: SendTlvs = SendTlvs()
     max_connections: int = 0  # 0 = what the open-file limit allows
     per_client: PerClient = PerClient()
+    # The cap of a whole v2 header. The specification's own goal is to fit into 536 bytes; a client
+    # certificate (TLV 0x28) needs one or two thousand.
     max_header_bytes: int = 4096
     header_timeout_s: float = 5.0
     connect_timeout_s: float = 5.0  # of one upstream

@@ -252,11 +252,10 @@ def waiting_clients(listening: socket.socket) -> int:
     """
     info = listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_SIZE)
     state, unacked = _STATE_AND_UNACKED(info)
-    return unacked if state == _TCP_LISTEN else 0
+    return unacked if state == TCP_LISTEN else 0
 
 
 _STATE_AND_UNACKED = struct.Struct("=B23xI76x").unpack
-_TCP_LISTEN = 10  # include/net/tcp_states.h
 
 
 class TupleLookup:

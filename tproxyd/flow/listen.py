@@ -36,20 +36,6 @@ _STREAM = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
 KEEPALIVE_IDLE_S = 300
 
 
-def open_listeners(config: Config) -> list[tuple[int, socket.socket]]:
-    """(index of the listener in config, listening socket) for one slot: `places`, opened."""
-    opened: list[tuple[int, socket.socket]] = []
-    try:
-        for i, where in places(config):
-            opened.append((i, open_at(config, i, where)))
-            opened[-1][1].listen(BACKLOG)
-    except BaseException:
-        for _, sock in opened:
-            sock.close()
-        raise
-    return opened
-
-
 def places(config: Config, *, ipv6: bool = False) -> list[tuple[int, Endpoint]]:
     """Where to listen: (index of the listener in config, address), IPv4 first.
 

@@ -43,6 +43,7 @@ from ipaddress import IPv6Address
 from typing import Final, NamedTuple
 
 from tproxyd.addr import Endpoint, IPAddress, endpoint_of, fold, parse_ip
+from tproxyd.config import Listener
 from tproxyd.errors import CloseReason, PeerError
 from tproxyd.flow import tlv
 from tproxyd.flow.tlv import Malformed, Tlv
@@ -55,9 +56,7 @@ V2_SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
 LONGEST_V1 = 107
 V2_FIXED = 16  # signature, version and command, family and transport, length
 
-# The default cap of a whole v2 header, as in config.Listener. The specification's own goal is to
-# fit into 536 bytes; a client certificate (TLV 0x28) needs one or two thousand.
-DEFAULT_LIMIT = 4096
+DEFAULT_LIMIT = Listener().max_header_bytes
 
 
 class NoHeader(Enum):

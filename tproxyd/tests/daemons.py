@@ -24,12 +24,14 @@ from pathlib import Path
 from tproxyd.addr import Endpoint
 from tproxyd.config import Config, Listener, Log
 from tproxyd.errors import KernelError
+from tproxyd.flow import listen
 from tproxyd.flow.tally import ACTIVE, BYTES, Layout
 from tproxyd.kernel.watch import News
 from tproxyd.proc import startup, supervisor, watchdog
 from tproxyd.proc.means import Outside
 from tproxyd.proc.reconciler import Kernel, Reconciler, Report, Verb
 from tproxyd.proc.run_command import Command
+from tproxyd.proc.sockets import Listeners, Sockets
 from tproxyd.proc.worker import WorkerSpec
 from tproxyd.tests.talker import PATIENCE_S, Talker
 
@@ -55,6 +57,14 @@ class OnLoopback:
 
     def prepare(self, sock: socket.socket, config: Config, index: int) -> None:
         sock.listen()
+
+
+def listeners_of(config: Config) -> Listeners:
+    """The real ones, as the supervisor gives them to a lone worker. KernelError."""
+    sockets = Sockets(listen)
+    (listeners,) = sockets.assign(config, 1)
+    sockets.commit()
+    return listeners
 
 
 # Workers ------------------------------------------------------------------------------------------

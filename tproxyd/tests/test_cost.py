@@ -25,13 +25,14 @@ import uvloop
 
 from tproxyd.addr import Endpoint, OriginalDst
 from tproxyd.config import Config, Listener
-from tproxyd.flow import connection, listen, origdst
+from tproxyd.flow import connection, origdst
 from tproxyd.flow.stream import Stream
 from tproxyd.flow.tally import Layout
 from tproxyd.linux import CAP_NET_RAW, capabilities
 from tproxyd.proc import worker as worker_module
 from tproxyd.proc.counters import Page
 from tproxyd.proc.worker import Worker, WorkerSpec
+from tproxyd.tests.daemons import listeners_of
 
 pytestmark = pytest.mark.skipif(
     CAP_NET_RAW not in capabilities(), reason="transparent sockets need CAP_NET_RAW: run as root"
@@ -98,7 +99,7 @@ def proxied(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[Proxied]
         with socket.create_server(("127.0.0.1", 0)) as free:
             port: int = free.getsockname()[1]
         on_port = replace(config, listeners=(replace(config.listeners[0], port=port),))
-        listeners = listen.open_listeners(on_port)
+        listeners = listeners_of(on_port)
         page = Page(Layout(config), 1)
         worker = Worker(WorkerSpec(config, 0, listeners, page, theirs, log), loop)
         proxied = Proxied(worker, port, app)

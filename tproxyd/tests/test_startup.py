@@ -27,7 +27,7 @@ def test_nothing_that_a_daemon_imports_brings_openssl() -> None:
         import asyncio, hashlib
         import uvloop
         from prometheus_client import CollectorRegistry, generate_latest
-        from tproxyd.flow.listen import open_listeners
+        from tproxyd.flow import listen
         from tproxyd.proc import supervisor, worker
 
         async def main():

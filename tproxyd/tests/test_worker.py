@@ -44,6 +44,7 @@ from tproxyd.linux import CAP_NET_RAW, capabilities, reset_on_close
 from tproxyd.proc import worker
 from tproxyd.proc.counters import Page
 from tproxyd.proc.door import Door
+from tproxyd.tests.daemons import listeners_of
 from tproxyd.tests.playbook import rotate
 
 pytestmark = pytest.mark.skipif(
@@ -69,7 +70,7 @@ class Running:
             free.bind(("0.0.0.0", 0))
             self.port: int = free.getsockname()[1]
         on_port = replace(config.listeners[0], port=self.port)
-        self.listeners = listen.open_listeners(replace(config, listeners=(on_port,)))
+        self.listeners = listeners_of(replace(config, listeners=(on_port,)))
         self.log, self._log_end = os.pipe()
         self.control, self._control_end = socket.socketpair(type=socket.SOCK_SEQPACKET)
         self.control.settimeout(PATIENCE_S)
@@ -563,7 +564,7 @@ def test_a_port_that_is_taken() -> None:
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(KernelError, match=rf"can't listen on 0\.0\.0\.0:{port}.*ss -ltnp"):
-            listen.open_listeners(config(port=port))
+            listeners_of(config(port=port))
 
 
 def test_what_a_connection_inherits_from_its_listener() -> None:
