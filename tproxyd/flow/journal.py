@@ -21,11 +21,10 @@ import json
 import os
 import socket
 import struct
-from collections import deque
 from collections.abc import Callable, Iterator
 
 from tproxyd.errors import CloseReason
-from tproxyd.flow.lines import FLUSH_AFTER_S, KEEP_SIZE, Fails, Later
+from tproxyd.flow.backlog import KEEP_SIZE, Backlog, Fails, Later
 from tproxyd.flow.proxyproto import describe
 from tproxyd.flow.record import Record
 from tproxyd.flow.tally import LogFailure
@@ -80,7 +79,7 @@ def _fields(life: Record, now: float) -> Iterator[tuple[str, object]]:
     yield "TPROXYD_RETRANSMITS", life.retransmits
 
 
-class JournalWriter:
+class JournalWriter(Backlog):
     """Entries that the journal does not take now are kept, up to a limit; then dropped, counted.
 
     It may be restarting (its socket then refuses, or is full) or gone for good: that is the same.
@@ -96,63 +95,38 @@ class JournalWriter:
         fails: Fails = lambda _: None,
         keep: int = KEEP_SIZE,
     ) -> None:
-        self._later, self._dropped, self._fails, self._keep = later, dropped, fails, keep
+        super().__init__(later, dropped, fails, keep)
         self._path = path
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-        self._entries: deque[bytes] = deque()
-        self._size = 0
-        self._scheduled = False
-        self._failure: LogFailure | None = None
-        self._refuses = False  # nobody is there: no sooner again than on time
 
     def write(self, data: bytes) -> None:
         if self._size >= self._keep:
-            self._dropped(1)
-            if self._failure is None:
-                self._set_failure(LogFailure.SLOW_READER)
+            self._overflow()
             return
-        self._entries.append(data)
+        self._kept.append(data)
         self._size += len(data)
         if not self._refuses:
             self.flush()
         self._schedule()
 
-    def _schedule(self) -> None:
-        if self._entries and not self._scheduled:
-            self._scheduled = True
-            self._later(FLUSH_AFTER_S, self._on_time)
-
-    def _on_time(self) -> None:
-        self._scheduled = False
-        self.flush()
-        self._schedule()
-
     def flush(self) -> None:
-        while self._entries:
+        while self._kept:
             try:
-                self._send(self._entries[0])
+                self._send(self._kept[0])
             except OSError as error:
                 failure = LogFailure.of(error.errno)
                 if failure is not LogFailure.SLOW_READER:  # which it is when something is lost
                     self._refuses = True
                     self._set_failure(failure)
                 return
-            self._size -= len(self._entries.popleft())
+            self._size -= len(self._kept.popleft())
         self._refuses = False
         self._set_failure(None)
 
     def close(self) -> None:
         self.flush()
-        if self._entries:
-            self._dropped(len(self._entries))
-            self._entries.clear()
-            self._size = 0
+        self._drop_all()
         self._sock.close()
-
-    def _set_failure(self, failure: LogFailure | None) -> None:
-        if failure is not self._failure:
-            self._failure = failure
-            self._fails(failure)
 
     def _send(self, data: bytes) -> None:
         try:

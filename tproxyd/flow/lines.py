@@ -26,27 +26,17 @@ import stat
 import sys
 import termios
 import time
-from collections import deque
 from collections.abc import Callable
 
+from tproxyd.flow.backlog import KEEP_SIZE, Backlog, Fails, Later
 from tproxyd.flow.tally import LogFailure
 
-# Lines wait this long for company at the most; one write for many lines costs one system call.
-FLUSH_AFTER_S = 0.05
 _FLUSH_SIZE = 64 * 1024
-# What may wait while the other end takes nothing: some ten thousand lines. Then lines are dropped
-# and counted; traffic goes on.
-KEEP_SIZE = 8 * 1024 * 1024
 # For how long the last lines of a process may wait for a reader that is slow. A stop has to end.
 PATIENCE_S = 0.25
 
-Later = Callable[[float, Callable[[], None]], object]
-Fails = Callable[[LogFailure | None], None]
 
-
-class LineWriter:
-    """`dropped` is told of each loss, `fails` of each change between working and not, and why."""
-
+class LineWriter(Backlog):
     def __init__(
         self,
         fd: int,
@@ -55,11 +45,7 @@ class LineWriter:
         fails: Fails = lambda _: None,
         keep: int = KEEP_SIZE,
     ) -> None:
-        self._later, self._dropped, self._fails, self._keep = later, dropped, fails, keep
-        self._lines: deque[bytes] = deque()
-        self._size = 0
-        self._scheduled = False
-        self._failure: LogFailure | None = None
+        super().__init__(later, dropped, fails, keep)
         self._open(fd)
 
     def _open(self, fd: int) -> None:
@@ -70,7 +56,7 @@ class LineWriter:
         self._pipe_size = fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ) if stat.S_ISFIFO(mode) else 0
         self._poll = select.poll()
         self._poll.register(fd, select.POLLOUT)
-        self._refuses = False  # a file that took nothing: no sooner again than on time
+        self._refuses = False
         self._torn = False  # a file ends in the beginning of a line, which could not be taken back
 
     def use(self, fd: int) -> None:
@@ -84,76 +70,51 @@ class LineWriter:
     def write(self, line: str) -> None:
         data = line.encode()
         if self._size >= self._keep:
-            self._dropped(1)
-            if self._failure is None:
-                self._set_failure(LogFailure.SLOW_READER)
+            self._overflow()
             return
         if 0 < self._pipe_size < len(data):
             self._dropped(1)
             return
-        self._lines.append(data)
+        self._kept.append(data)
         self._size += len(data)
         if self._size >= _FLUSH_SIZE and not self._refuses:
             self.flush()
         if not self._scheduled:
             self._schedule()
 
-    def _schedule(self) -> None:
-        if self._lines and not self._scheduled:
-            self._scheduled = True
-            self._later(FLUSH_AFTER_S, self._on_time)
-
-    def _on_time(self) -> None:
-        self._scheduled = False
-        self.flush()
-        self._schedule()  # it did not take everything: come back
-
-    @property
-    def waiting(self) -> bool:
-        return bool(self._lines)
-
     def flush(self) -> None:
-        """Write what can be written now."""
-        if self._lines:
+        if self._kept:
             self._flush()
 
     def close(self) -> None:
         """The last lines; what nobody takes within a moment is dropped and counted."""
         end = time.monotonic() + PATIENCE_S
         self.flush()
-        while self._lines and not self._refuses and time.monotonic() < end:
+        while self._kept and not self._refuses and time.monotonic() < end:
             time.sleep(0.005)
             self.flush()
-        if self._lines:
-            self._dropped(len(self._lines))
-            self._lines.clear()
-            self._size = 0
-
-    def _set_failure(self, failure: LogFailure | None) -> None:
-        if failure is not self._failure:
-            self._failure = failure
-            self._fails(failure)
+        self._drop_all()
 
     def _take(self) -> list[bytes]:
         """The next lines that go together."""
-        piece = [self._lines.popleft()]
+        piece = [self._kept.popleft()]
         size = len(piece[0])
-        while self._lines and size + len(self._lines[0]) <= self._piece_size:
-            piece.append(self._lines.popleft())
+        while self._kept and size + len(self._kept[0]) <= self._piece_size:
+            piece.append(self._kept.popleft())
             size += len(piece[-1])
         self._size -= size
         return piece
 
     def _put_back(self, piece: list[bytes]) -> None:
-        self._lines.extendleft(reversed(piece))
+        self._kept.extendleft(reversed(piece))
         self._size += sum(map(len, piece))
 
     # A pipe, a terminal, a socket -----------------------------------------------------------------
 
     def _flush_stream(self) -> None:
         failure = None
-        while self._lines and (ready := self._poll.poll(0)):
-            if not self._fits(len(self._lines[0])) and not ready[0][1] & select.POLLERR:
+        while self._kept and (ready := self._poll.poll(0)):
+            if not self._fits(len(self._kept[0])) and not ready[0][1] & select.POLLERR:
                 return
             piece = self._take()
             try:
@@ -171,7 +132,7 @@ class LineWriter:
             else:
                 if written < len(data):  # the same: a line longer than PIPE_BUF has begun
                     self._put_back([data[written:]])
-        if failure is not None or not self._lines:  # a slow one is slow until nothing waits
+        if failure is not None or not self._kept:  # a slow one is slow until nothing waits
             self._set_failure(failure)
 
     def _fits(self, size: int) -> bool:
@@ -197,7 +158,7 @@ class LineWriter:
             fcntl.lockf(self._fd, fcntl.LOCK_UN)
 
     def _append_all(self) -> None:
-        while self._lines:
+        while self._kept:
             piece = self._take()
             try:
                 data = (b"\n" if self._torn else b"") + b"".join(piece)

@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable
 
 from tproxyd.config import JOURNAL, Log
+from tproxyd.flow.backlog import Later
 from tproxyd.flow.journal import JournalWriter, entry
-from tproxyd.flow.lines import Later, LineWriter
+from tproxyd.flow.lines import LineWriter
 from tproxyd.flow.record import Record, formatter
 from tproxyd.proc.cells import Counting
 from tproxyd.proc.systemd import JOURNAL_SOCKET

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tproxyd.addr import Client, Endpoint, OriginalDst, Peer, Source, Upstream
 from tproxyd.config import Listener
 from tproxyd.errors import CloseReason
-from tproxyd.flow import lines
+from tproxyd.flow import backlog
 from tproxyd.flow.announce import Announcement
 from tproxyd.flow.journal import MESSAGE_ID, JournalWriter, entry
 from tproxyd.flow.proxyproto import Header
@@ -126,7 +126,7 @@ made: list[Writing] = []
 
 
 class Writing:
-    def __init__(self, path: Path, keep: int = lines.KEEP_SIZE) -> None:
+    def __init__(self, path: Path, keep: int = backlog.KEEP_SIZE) -> None:
         made.append(self)
         self.waiting: list[Callable[[], None]] = []
         self.dropped = 0
@@ -134,7 +134,7 @@ class Writing:
         self.writer = JournalWriter(str(path), self._later, self._count, self.failures.append, keep)
 
     def _later(self, delay: float, what: Callable[[], None]) -> None:
-        assert delay == lines.FLUSH_AFTER_S
+        assert delay == backlog.FLUSH_AFTER_S
         self.waiting.append(what)
 
     def _count(self, entries: int) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tproxyd.flow import lines
+from tproxyd.flow import backlog
 from tproxyd.flow.lines import LineWriter
 from tproxyd.flow.tally import LogFailure
 from tproxyd.tests.alarms import nothing_blocks
@@ -26,7 +26,7 @@ class Clock:
         self.waiting: list[Callable[[], None]] = []
 
     def later(self, delay: float, what: Callable[[], None]) -> None:
-        assert delay == lines.FLUSH_AFTER_S
+        assert delay == backlog.FLUSH_AFTER_S
         self.waiting.append(what)
 
     def tick(self) -> None:
@@ -36,7 +36,7 @@ class Clock:
 
 
 class Sink:
-    def __init__(self, fd: int, keep: int = lines.KEEP_SIZE) -> None:
+    def __init__(self, fd: int, keep: int = backlog.KEEP_SIZE) -> None:
         self.clock, self.fd, self.dropped = Clock(), fd, 0
         self.failures: list[LogFailure | None] = []
         self.writer = LineWriter(fd, self.clock.later, self._count, self.failures.append, keep)
@@ -132,7 +132,7 @@ def test_lines_of_several_workers_into_a_pipe_stay_whole(pipe: tuple[int, int]) 
                     sink.writer.write(line(worker, i, 200 + 37 * worker))
                     if i % 7 == 0:
                         sink.writer.flush()
-                while sink.writer._lines:
+                while sink.writer.waiting:
                     sink.writer._poll.poll()
                     sink.writer.flush()
                 os._exit(0 if sink.dropped == 0 else 1)
