@@ -7,7 +7,9 @@ better than losing connections.
 - A pipe or terminal takes pieces up to PIPE_BUF whole, and one that poll() calls writable takes
   such a piece without blocking; a longer line (tens of TLVs) goes alone, and into a pipe only when
   that is empty. (O_NONBLOCK would say the same, but belongs to the open file, which on stdout we
-  share with strangers.) A reader that is gone does not come back: its lines are dropped at once.
+  share with strangers.) Another worker may be quicker between poll and write: into a pipe each
+  write says itself that it must not wait (RWF_NOWAIT), where the kernel knows that of pipes.
+  A reader that is gone does not come back: its lines are dropped at once.
 - A regular file that is open with O_APPEND takes each write as one piece, and where its file system
   fills up, the beginning of one: POSIX promises no more. The torn line is then taken back, and goes
   again when there is room. That another worker's line is not taken with it, nor glued to it, is the
@@ -19,6 +21,7 @@ A moved file is followed by proc/accesslog.py, which gives us the new one: `use`
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import select
@@ -53,6 +56,7 @@ class LineWriter(Backlog):
         self._fd = fd
         self._flush = self._flush_file if stat.S_ISREG(mode) else self._flush_stream
         self._piece_size = _FLUSH_SIZE if stat.S_ISREG(mode) else select.PIPE_BUF
+        self._put = self._into_pipe if stat.S_ISFIFO(mode) else self._into_other
         self._pipe_size = fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ) if stat.S_ISFIFO(mode) else 0
         self._poll = select.poll()
         self._poll.register(fd, select.POLLOUT)
@@ -119,11 +123,11 @@ class LineWriter(Backlog):
             piece = self._take()
             try:
                 data = b"".join(piece)
-                written = os.write(self._fd, data)
+                written = self._put(data)
             except MemoryError:
                 self._dropped(len(piece))
                 return
-            except BlockingIOError:  # a stranger has made it O_NONBLOCK
+            except BlockingIOError:  # another was quicker; or a stranger has made it O_NONBLOCK
                 self._put_back(piece)
                 return
             except OSError as error:
@@ -134,6 +138,18 @@ class LineWriter(Backlog):
                     self._put_back([data[written:]])
         if failure is not None or not self._kept:  # a slow one is slow until nothing waits
             self._set_failure(failure)
+
+    def _into_pipe(self, data: bytes) -> int:
+        try:
+            return os.pwritev(self._fd, [data], -1, os.RWF_NOWAIT)
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+        self._put = self._into_other
+        return self._put(data)
+
+    def _into_other(self, data: bytes) -> int:
+        return os.write(self._fd, data)
 
     def _fits(self, size: int) -> bool:
         """Whether a line of this size can be written to a writable file without blocking."""

@@ -7,9 +7,11 @@ import errno
 import fcntl
 import os
 import resource
+import select
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -264,19 +266,39 @@ def test_a_stranger_has_made_stdout_nonblocking(pipe: tuple[int, int]) -> None:
 
 
 def test_another_writer_was_quicker(pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between our poll and our write, into a pipe that is O_NONBLOCK."""
+    """Between our poll and our write: nobody waits for the reader."""
     sink = Sink(pipe[1])
 
-    def full(*_: object) -> int:
-        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+    def fill(_timeout: int) -> list[tuple[int, int]]:
+        os.write(pipe[1], bytes(65_536))
+        return [(pipe[1], select.POLLOUT)]
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "write", full)
+        patch.setattr(sink.writer, "_poll", SimpleNamespace(poll=fill))
         sink.writer.write("one\n")
         sink.clock.tick()
+    assert read_all(pipe[0]) == bytes(65_536)
     sink.clock.tick()
     assert read_all(pipe[0]) == b"one\n"
     assert (sink.dropped, sink.failures) == (0, [])
+
+
+def test_a_kernel_whose_pipes_know_no_nowait(
+    pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def unknown(*arguments: object) -> int:
+        asked.append(arguments)
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "pwritev", unknown)
+    sink = Sink(pipe[1])
+    for _ in range(2):
+        sink.writer.write("one\n")
+        sink.clock.tick()
+    assert read_all(pipe[0]) == b"one\n" * 2
+    assert (len(asked), sink.dropped, sink.failures) == (1, 0, [])
 
 
 def test_the_last_lines_wait_for_a_reader_that_is_slow(pipe: tuple[int, int]) -> None:
