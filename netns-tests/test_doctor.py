@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,12 +65,29 @@ def test_rules_and_nobody_listening(net: Topology) -> None:
     tproxyd(net.pod, "install")
     done = tproxyd(net.pod, "doctor", "--json")
     assert done.returncode == 1
-    assert any("listen" in check["detail"] for check in complaints(done).values())
+    found = complaints(done)["listener inbound"]
+    assert found["detail"].startswith("nobody listens on 15006, but the rules stand")
+    # What `run` alone would find here, it would leave behind too.
+    assert found["remedy"].startswith("start the daemon: tproxyd run --install;")
+
+
+def test_a_remedy_is_for_this_configuration(net: Topology, tmp_path: Path) -> None:
+    """Typed as it is told, it makes this configuration's state, not that of the defaults."""
+    config = tmp_path / "on port 15050.toml"
+    config.write_text("[[listener]]\nport = 15050\nintercept = { ports = [80] }\n")
+    tproxyd(net.pod, "install", "-c", str(config))
+    with Daemon(net.pod, config.read_text(), install=False):
+        net.pod.ip("rule del fwmark 0x539/0xfff lookup 133")
+        told = complaints(tproxyd(net.pod, "doctor", "--json", "-c", str(config)))
+        words = shlex.split(told["rules"]["remedy"].removesuffix(" puts it right"))
+        assert words == ["tproxyd", "install", "-c", str(config)]
+        tproxyd(net.pod, *words[1:])
+        assert complaints(tproxyd(net.pod, "doctor", "--json", "-c", str(config))) == {}
 
 
 def test_listener_and_no_rules(net: Topology) -> None:
     with Daemon(net.pod, install=False):
-        assert any("tproxyd install" in check["remedy"] for check in doctor(net).values())
+        assert doctor(net)["rules"]["remedy"] == "tproxyd install, or run with --install"
 
 
 def test_who_keeps_the_rules(net: Topology) -> None:
@@ -87,7 +106,7 @@ def test_who_keeps_the_rules(net: Topology) -> None:
         if name == "guard"
     ]
     assert guard["detail"].startswith('guard = "owner" and on_crash = "open", but no daemon')
-    assert guard["remedy"] == "run with --install or --guard"
+    assert guard["remedy"].startswith("tproxyd run --install -c ")
 
 
 def test_lo_is_down(net: Topology) -> None:
@@ -130,7 +149,7 @@ def test_src_valid_mark(net: Topology) -> None:
 @pytest.mark.parametrize("name", MARK_SYSCTLS)
 def test_a_sysctl_is_put_back_by_others(net: Topology, name: str) -> None:
     """Told of the one that it is, by its own name, and only where it is needed."""
-    words = "tproxyd install puts it back"
+    words = "tproxyd install puts it right; see what else writes this sysctl"
     tproxyd(net.pod, "install")
     with Daemon(net.pod, install=False):
         net.pod.sysctl(name, 0)

@@ -28,7 +28,7 @@ from tproxyd import arguments, stdio
 from tproxyd.arguments import ISTIO_IPTABLES
 from tproxyd.config import Backend, Config
 from tproxyd.configfile import only_admin
-from tproxyd.configsource import origin, read_config
+from tproxyd.configsource import command_line, origin, read_config
 from tproxyd.errors import ConfigError, KernelError, TproxydError, Unreachable
 from tproxyd.proc.rows import Sort
 
@@ -229,7 +229,7 @@ def doctor(args: argparse.Namespace) -> int:
     config = read_config(args.config)
     from tproxyd import doctor
 
-    checks = doctor.run(config)
+    checks = doctor.run(config, functools.partial(command_line, path=args.config))
     if args.json:
         print(json.dumps([dataclasses.asdict(each) for each in checks], indent=2))
     else:

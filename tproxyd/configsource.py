@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 
@@ -40,6 +41,14 @@ def read_config(path: str | None, parse: Parse = parse) -> Config:
         why = f"not UTF-8, which TOML is: byte {error.start}"
         raise ConfigError(path or DEFAULT_FILE, (Problem("", why),)) from None
     return parse(text, path or DEFAULT_FILE, variables)
+
+
+def command_line(verb: str, path: str | None) -> str:
+    """The shell command of `verb` with the configuration that read_config(path) has read."""
+    path = path or os.environ.get(environment.FILE)
+    variables = environment.ours(os.environ).items()
+    words = [f"{name}={shlex.quote(text)}" for name, text in variables]
+    return " ".join([*words, "tproxyd", verb, *(["-c", shlex.quote(path)] if path else [])])
 
 
 def origin(path: str | None) -> str:

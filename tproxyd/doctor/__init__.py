@@ -36,13 +36,13 @@ _CHECKS: tuple[Callable[[Patient], Iterator[Check]], ...] = (
 )
 
 
-def run(config: Config) -> list[Check]:
-    """Every check."""
-    patient = _examine(config)
+def run(config: Config, command: Callable[[str], str]) -> list[Check]:
+    """Every check. `command(verb)` is that command of tproxyd, with this configuration."""
+    patient = _examine(config, command)
     return [check for ask in _CHECKS for check in ask(patient)]
 
 
-def _examine(config: Config) -> Patient:
+def _examine(config: Config, command: Callable[[str], str]) -> Patient:
     from tproxyd.kernel import claim, desired, reconcile  # only when asked
     from tproxyd.kernel.state import KernelState
 
@@ -54,6 +54,7 @@ def _examine(config: Config) -> Patient:
         report, clashes, unreadable = reconcile.Report(), (), str(error)
     return Patient(
         config=config,
+        command=command,
         installed=report.installed,
         differs=report.differs,
         clashes=clashes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -30,6 +31,7 @@ class Patient:
     """What several checks need to know, found out once."""
 
     config: Config
+    command: Callable[[str], str]  # a verb of tproxyd, as it is typed for this configuration
     installed: bool  # something of ours is in the kernel
     differs: tuple[str, ...]  # how it differs from what the configuration wants
     clashes: tuple[str, ...]  # what others have where we want to be
@@ -41,6 +43,19 @@ class Patient:
     wants_state: bool  # the configuration needs anything of the kernel at all
     dials_here: bool  # upstreams on this host may see clients
     holds_elsewhere: bool  # and those on others, or connections are forwarded
+
+    @property
+    def put_right(self) -> str:
+        """What helps where the kernel state is not as configured. A keeper suffers no install."""
+        if self.keeper:
+            return f"the log of {self.keeper} says why it does not heal that"
+        return f"{self.command('install')} puts it right"
+
+    @property
+    def start(self) -> str:
+        """With --install where rules are needed, and where they stand: plain run cleans nothing."""
+        needed = self.wants_state or self.installed
+        return f"start the daemon: {self.command('run --install' if needed else 'run')}"
 
 
 def sysctl(name: str) -> str:

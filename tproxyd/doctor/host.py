@@ -79,11 +79,13 @@ def transparent_socket(patient: Patient) -> Iterator[Check]:
         yield Check("transparent socket", Verdict.OK, "IP_TRANSPARENT and SO_MARK can be set")
 
 
-def loopback(_: Patient) -> Iterator[Check]:
+def loopback(patient: Patient) -> Iterator[Check]:
     if interface_is_up("lo"):
         yield Check("lo", Verdict.OK, "up")
     else:
-        remedy = "ip link set lo up, then tproxyd install: table routes over lo went with it"
+        remedy = "ip link set lo up"
+        if not patient.keeper:
+            remedy += f", then {patient.command('install')}: routes over lo went with it"
         yield Check("lo", Verdict.FAIL, "down: every answer comes home over it", remedy)
 
 
@@ -119,16 +121,16 @@ def sysctls(patient: Patient) -> Iterator[Check]:
             "tcp_fwmark_accept",
             Verdict.FAIL,
             f"{accept_mark}, but the return path is accept-mark: answers leave to the client",
-            "tproxyd install puts it back; see what else writes this sysctl",
+            f"{patient.put_right}; see what else writes this sysctl",
         )
     elif patient.dials_here:
         yield Check(
             "tcp_fwmark_accept", Verdict.OK, f"{accept_mark}, return path {patient.return_path}"
         )
     if wanted and patient.installed:
-        yield from _reflect("ipv4")
+        yield from _reflect("ipv4", patient)
         if has_ipv6():
-            yield from _reflect("ipv6")
+            yield from _reflect("ipv6", patient)
     if patient.holds_elsewhere or patient.config.rules.scheme is Scheme.ISTIO:
         yield _marked_packets()
     elif patient.wants_state:
@@ -203,7 +205,7 @@ def _cookies() -> Check:
     )
 
 
-def _reflect(version: str) -> Iterator[Check]:
+def _reflect(version: str, patient: Patient) -> Iterator[Check]:
     """Without it accept-mark works but for what no socket sends: the RST of a closed port."""
     name = f"{version}.fwmark_reflect"
     value = sysctl(f"net/{version}/fwmark_reflect")
@@ -214,7 +216,7 @@ def _reflect(version: str) -> Iterator[Check]:
             name,
             Verdict.FAIL,
             "0: refusals leave to the client, and a closed port becomes a timeout",
-            "tproxyd install puts it back; see what else writes this sysctl",
+            f"{patient.put_right}; see what else writes this sysctl",
         )
 
 

@@ -32,11 +32,10 @@ def listeners(patient: Patient) -> Iterator[Check]:
                 name,
                 Verdict.FAIL,
                 f"nobody listens on {port}, but the rules stand: clients are refused",
-                "start the daemon (tproxyd run), or take the rules away (tproxyd clean)",
+                f"{patient.start}; or take the rules away: tproxyd clean",
             )
         else:
-            run = "tproxyd run --install" if patient.wants_state else "tproxyd run"
-            yield Check(name, Verdict.WARN, f"nobody listens on {port}", f"start the daemon: {run}")
+            yield Check(name, Verdict.WARN, f"nobody listens on {port}", patient.start)
 
 
 def rules(patient: Patient) -> Iterator[Check]:
@@ -51,14 +50,12 @@ def rules(patient: Patient) -> Iterator[Check]:
         lacking = "so nothing is intercepted"
         if not any(each.intercepts for each in patient.config.listeners):
             lacking = "so upstreams that see the client can't answer us"
-        remedy = "tproxyd install, or run with --install"
+        remedy = f"{patient.command('install')}, or run with --install"
         yield Check("rules", verdict, f"none, {lacking}", remedy)
     elif patient.differs:
         for difference in patient.differs:
             detail = f"not as configured; to do: {difference}"
-            log = f"the log of {patient.keeper} says why it does not heal that"
-            remedy = log if patient.keeper else "tproxyd install does it"
-            yield Check("rules", Verdict.FAIL, detail, remedy)
+            yield Check("rules", Verdict.FAIL, detail, patient.put_right)
     else:
         kept = f", and kept so by {patient.keeper}" if patient.keeper else ""
         yield Check("rules", Verdict.OK, f"rules, routes and sysctls are as configured{kept}")
@@ -71,7 +68,8 @@ def guard(patient: Patient) -> Iterator[Check]:
     asked += [f'on_crash = "{rules.on_crash}"'] if rules.on_crash is not OnCrash.CLOSED else []
     if asked and patient.installed and not patient.keeper:
         detail = f"{' and '.join(asked)}, but no daemon keeps the rules, which then means nothing"
-        yield Check("guard", Verdict.WARN, detail, "run with --install or --guard")
+        remedy = f"{patient.command('run --install')} keeps them; or with --guard, after install"
+        yield Check("guard", Verdict.WARN, detail, remedy)
 
 
 def _someone_listens(port: int) -> bool:

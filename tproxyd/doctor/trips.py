@@ -49,7 +49,7 @@ def round_trip(patient: Patient) -> Iterator[Check]:
                 Verdict.FAIL,
                 f"as {client} to {own}: {error.strerror or error}; the way home is broken",
                 f"look at: ip rule, ip route show table {patient.config.table}, and what"
-                f" tproxyd rules prints; tproxyd install puts them right{_also(patient, client)}",
+                f" {patient.command('rules')} prints; {patient.put_right}{_also(patient, client)}",
             )
         else:
             yield Check(name, Verdict.OK, f"connected as {client}; the far end saw {seen}")

@@ -291,7 +291,7 @@ CHECKS = [
 def test_doctor_shows_remedies(
     tproxyd: Shown, toml: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "run", lambda _: CHECKS)
+    monkeypatch.setattr(doctor, "run", lambda *_: CHECKS)
     said = (
         "ok    CAP_NET_RAW  present\n"
         "warn  lo           odd\n"
@@ -313,7 +313,7 @@ def test_doctor_shows_remedies(
 def test_a_warning_is_not_a_problem(
     tproxyd: Shown, toml: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "run", lambda _: CHECKS[:2])
+    monkeypatch.setattr(doctor, "run", lambda *_: CHECKS[:2])
     assert tproxyd("doctor", "-c", toml(""))[0] == 0
 
 
