@@ -53,12 +53,21 @@ def test_round_trip_leaves_nothing(net: Topology) -> None:
 
 
 def test_missing_capability(net: Topology) -> None:
-    argv = net.pod.argv("setpriv", "--bounding-set=-net_admin,-net_raw", *TPROXYD)
-    done = subprocess.run(
-        [*argv, "doctor", "--json"], capture_output=True, text=True, check=False, cwd=ROOT
-    )
-    assert done.returncode == 1
-    assert any("CAP_NET_RAW" in str(check) for check in complaints(done).values())
+    """Root is not told to become root, and others are not told that they are."""
+    for user, told in (("root", "root lacks it here"), ("nobody", "run as root")):
+        argv = net.pod.argv("setpriv", f"--reuid={user}", "--bounding-set=-net_admin,-net_raw")
+        done = subprocess.run(
+            [*argv, *TPROXYD, "doctor", "--json"],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=ROOT,
+        )
+        assert done.returncode == 1
+        found = complaints(done)
+        assert found["CAP_NET_RAW"]["remedy"].startswith(told)
+        assert ("as root" in found["rules"]["remedy"]) == (user != "root")
+        assert "as root" not in found["rules"]["detail"]
 
 
 def test_rules_and_nobody_listening(net: Topology) -> None:

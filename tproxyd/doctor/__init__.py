@@ -47,11 +47,11 @@ def _examine(config: Config, command: Callable[[str], str]) -> Patient:
     from tproxyd.kernel.state import KernelState
 
     facts = reconcile.facts()
-    unreadable = ""
+    unreadable = None
     try:
         report, clashes = reconcile.check(config), reconcile.clashes(config)
     except KernelError as error:
-        report, clashes, unreadable = reconcile.Report(), (), str(error)
+        report, clashes, unreadable = reconcile.Report(), (), error
     return Patient(
         config=config,
         command=command,

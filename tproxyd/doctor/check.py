@@ -8,6 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from tproxyd.config import Backend, Config, ReturnPath
+from tproxyd.errors import KernelError
 
 _SYSCTL = Path("/proc/sys")
 
@@ -36,7 +37,7 @@ class Patient:
     differs: tuple[str, ...]  # how it differs from what the configuration wants
     clashes: tuple[str, ...]  # what others have where we want to be
     keeper: str  # the daemon that keeps the state as it should be; "" = nobody does
-    unreadable: str  # why the kernel state cannot be told; "" when it can
+    unreadable: KernelError | None  # why the kernel state cannot be told
     backend: Backend  # never AUTO
     return_path: ReturnPath
     host_netns: bool

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 import re
 from collections.abc import Iterator
@@ -43,10 +44,12 @@ def privileges(patient: Patient) -> Iterator[Check]:
         elif number in have:
             yield Check(name, Verdict.OK, f"present: {what}")
         else:
-            remedy = (
-                f"run as root; under systemd AmbientCapabilities={name}; in a container"
-                f" add {name.removeprefix('CAP_')} to its capabilities"
-            )
+            short = name.removeprefix("CAP_")
+            if os.geteuid() == 0:
+                who, unit = "root lacks it here", f"CapabilityBoundingSet= must hold {name}"
+            else:
+                who, unit = "run as root", f"AmbientCapabilities={name}"
+            remedy = f"{who}; under systemd {unit}; in a container add {short} to its capabilities"
             yield Check(name, Verdict.FAIL, f"missing: {what}", remedy)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from tproxyd.config import Guard, OnCrash
 from tproxyd.doctor.check import Check, Patient, Verdict
+from tproxyd.linux import CAP_NET_ADMIN, CAPABILITY_NAMES, capabilities
 
 
 def clashes(patient: Patient) -> Iterator[Check]:
@@ -40,8 +42,13 @@ def listeners(patient: Patient) -> Iterator[Check]:
 
 def rules(patient: Patient) -> Iterator[Check]:
     if patient.unreadable:
-        remedy = "run doctor as root"
-        yield Check("rules", Verdict.WARN, f"unknown: {patient.unreadable}", remedy)
+        error = patient.unreadable
+        detail = f"unknown: can't {error.action}: {error.why}"
+        remedy = error.hint
+        if CAP_NET_ADMIN not in capabilities():
+            able = "as root" if os.geteuid() else f"with {CAPABILITY_NAMES[CAP_NET_ADMIN]}"
+            remedy = f"run doctor {able}"
+        yield Check("rules", Verdict.WARN, detail, remedy)
     elif not patient.wants_state and not patient.installed:
         yield Check("rules", Verdict.OK, "none, and none are needed: nothing is intercepted")
     elif not patient.installed:
