@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from lib.daemon import ROOT, TPROXYD, Daemon, tproxyd
 from lib.netns import MARK_SYSCTLS
-from lib.topology import V4, V6, Topology
+from lib.topology import V4, V6, Family, Topology
 
 Check = dict[str, Any]
 CHECKS = dict(
@@ -92,6 +92,25 @@ def test_a_remedy_is_for_this_configuration(net: Topology, tmp_path: Path) -> No
         assert words == ["tproxyd", "install", "-c", str(config)]
         tproxyd(net.pod, *words[1:])
         assert complaints(tproxyd(net.pod, "doctor", "--json", "-c", str(config))) == {}
+
+
+def test_another_program_has_the_port(net: Topology, family: Family) -> None:
+    """TPROXY passes it over: its socket is not transparent."""
+    tproxyd(net.pod, "install")
+    net.keep(net.pod.listen("::" if family is V6 else "0.0.0.0", 15006))
+    with pytest.raises(ConnectionRefusedError):
+        net.connect(family)
+    found = doctor(net)
+    assert found.keys() == {"listener inbound"}
+    assert found["listener inbound"]["detail"].startswith("another program listens on 15006")
+
+
+def test_no_such_interface(net: Topology) -> None:
+    config = '[[listener]]\nintercept = { interfaces = ["p0", "p*", "nope0", "nope*"] }\n'
+    with Daemon(net.pod, config):
+        done = tproxyd(net.pod, "doctor", "--json", config=config)
+        assert complaints(done).keys() == {"interface nope0", "interface nope*"}
+        assert done.returncode == 0
 
 
 def test_listener_and_no_rules(net: Topology) -> None:

@@ -28,6 +28,7 @@ _CHECKS: tuple[Callable[[Patient], Iterator[Check]], ...] = (
     host.forwarding,
     state.clashes,
     state.listeners,
+    state.interfaces,
     state.rules,
     state.guard,
     trips.round_trip,
@@ -44,6 +45,7 @@ def run(config: Config, command: Callable[[str], str]) -> list[Check]:
 
 def _examine(config: Config, command: Callable[[str], str]) -> Patient:
     from tproxyd.kernel import claim, desired, reconcile  # only when asked
+    from tproxyd.kernel.listening import listening as who_listens
     from tproxyd.kernel.state import KernelState
 
     facts = reconcile.facts()
@@ -52,11 +54,16 @@ def _examine(config: Config, command: Callable[[str], str]) -> Patient:
         report, clashes = reconcile.check(config), reconcile.clashes(config)
     except KernelError as error:
         report, clashes, unreadable = reconcile.Report(), (), error
+    try:
+        listening = who_listens()
+    except OSError:
+        listening = None
     return Patient(
         config=config,
         command=command,
         installed=report.installed,
         differs=report.differs,
+        listening=listening,
         clashes=clashes,
         keeper=claim.holder(),
         unreadable=unreadable,

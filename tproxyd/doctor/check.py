@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tproxyd.config import Backend, Config, ReturnPath
 from tproxyd.errors import KernelError
+from tproxyd.kernel.listening import Listening
 
 _SYSCTL = Path("/proc/sys")
 
@@ -35,6 +36,7 @@ class Patient:
     command: Callable[[str], str]  # a verb of tproxyd, as it is typed for this configuration
     installed: bool  # something of ours is in the kernel
     differs: tuple[str, ...]  # how it differs from what the configuration wants
+    listening: Listening | None  # None: the kernel does not tell
     clashes: tuple[str, ...]  # what others have where we want to be
     keeper: str  # the daemon that keeps the state as it should be; "" = nobody does
     unreadable: KernelError | None  # why the kernel state cannot be told

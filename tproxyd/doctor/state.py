@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import re
+import socket
 from collections.abc import Iterator
-from pathlib import Path
 
-from tproxyd.config import Guard, OnCrash
+from tproxyd.config import Guard, Listener, OnCrash, Via
 from tproxyd.doctor.check import Check, Patient, Verdict
 from tproxyd.linux import CAP_NET_ADMIN, CAPABILITY_NAMES, capabilities
 
@@ -26,18 +24,42 @@ def clashes(patient: Patient) -> Iterator[Check]:
 
 def listeners(patient: Patient) -> Iterator[Check]:
     for listener in patient.config.listeners:
-        name, port = f"listener {listener.name}", listener.port
-        if _someone_listens(port):
-            yield Check(name, Verdict.OK, f"something listens on {port}")
-        elif patient.installed and listener.intercepts:
-            yield Check(
-                name,
-                Verdict.FAIL,
-                f"nobody listens on {port}, but the rules stand: clients are refused",
-                f"{patient.start}; or take the rules away: tproxyd clean",
-            )
-        else:
-            yield Check(name, Verdict.WARN, f"nobody listens on {port}", patient.start)
+        yield Check(f"listener {listener.name}", *_listener(patient, listener))
+
+
+def _listener(patient: Patient, listener: Listener) -> tuple[Verdict, str, str]:
+    port = listener.port
+    if patient.listening is None:
+        detail = f"unknown whether anybody listens on {port}: this kernel has no sock_diag"
+        return Verdict.WARN, detail, f"look at: ss -ltn sport = :{port}; modprobe tcp_diag"
+    sockets = patient.listening.get(port)
+    if sockets is None:
+        if not (patient.installed and listener.intercepts):
+            return Verdict.WARN, f"nobody listens on {port}", patient.start
+        detail = f"nobody listens on {port}, but the rules stand: clients are refused"
+        return Verdict.FAIL, detail, f"{patient.start}; or take the rules away: tproxyd clean"
+    if listener.intercepts and listener.intercept.via is Via.TPROXY and not all(sockets):
+        who = f"another program listens on {port}, by a socket that is not transparent"
+        remedy = f"end it, or give this listener another port; who it is: ss -ltnp sport = :{port}"
+        return Verdict.FAIL, f"{who}: no client gets there", remedy
+    return Verdict.OK, f"something listens on {port}", ""
+
+
+def interfaces(patient: Patient) -> Iterator[Check]:
+    """A rule for an interface that is not there is no error, it may come; but it takes nothing."""
+    here = [name for _, name in socket.if_nameindex()]
+
+    def there(wanted: str) -> bool:
+        if wanted.endswith("*"):
+            return any(name.startswith(wanted[:-1]) for name in here)
+        return wanted in here
+
+    for listener in patient.config.listeners:
+        for wanted in listener.intercept.interfaces if listener.intercepts else ():
+            if not there(wanted):
+                detail = f"there is none: the listener {listener.name} takes nothing from it"
+                remedy = "correct intercept.interfaces, or make it; look at: ip -br link"
+                yield Check(f"interface {wanted}", Verdict.WARN, detail, remedy)
 
 
 def rules(patient: Patient) -> Iterator[Check]:
@@ -52,7 +74,7 @@ def rules(patient: Patient) -> Iterator[Check]:
     elif not patient.wants_state and not patient.installed:
         yield Check("rules", Verdict.OK, "none, and none are needed: nothing is intercepted")
     elif not patient.installed:
-        serving = any(_someone_listens(each.port) for each in patient.config.listeners)
+        serving = any(each.port in (patient.listening or ()) for each in patient.config.listeners)
         verdict = Verdict.FAIL if serving else Verdict.WARN
         lacking = "so nothing is intercepted"
         if not any(each.intercepts for each in patient.config.listeners):
@@ -77,12 +99,3 @@ def guard(patient: Patient) -> Iterator[Check]:
         detail = f"{' and '.join(asked)}, but no daemon keeps the rules, which then means nothing"
         remedy = f"{patient.command('run --install')} keeps them; or with --guard, after install"
         yield Check("guard", Verdict.WARN, detail, remedy)
-
-
-def _someone_listens(port: int) -> bool:
-    listening = re.compile(rf"^\s*\d+: [0-9A-F]+:{port:04X} [0-9A-F]+:0000 0A ", re.MULTILINE)
-    for table in ("tcp", "tcp6"):
-        with contextlib.suppress(OSError):
-            if listening.search(Path(f"/proc/net/{table}").read_text()):
-                return True
-    return False

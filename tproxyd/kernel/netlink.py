@@ -15,13 +15,14 @@ attributes. With pyroute2 a look at the whole kernel state took 8 ms of CPU time
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
 import socket
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 # linux/netlink.h, linux/rtnetlink.h
@@ -84,8 +85,8 @@ class _Interrupted(Exception):
 class Netlink:
     """A netlink socket; close it. What the kernel refuses is an OSError."""
 
-    def __init__(self) -> None:
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+    def __init__(self, protocol: int = socket.NETLINK_ROUTE) -> None:
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol)
         self._socket.setsockopt(_SOL_NETLINK, _NETLINK_GET_STRICT_CHK, 1)
         self._numbers = itertools.count(1)
 
@@ -110,11 +111,13 @@ class Netlink:
         request = _ITEM.pack(family, 0, 0, 0, 0, protocol, 0, action, 0)
         if table:
             request += _ATTRIBUTE.pack(8, TABLE) + _NUMBER.pack(table)
+        return [item(body) for body in self.dump(kind, request)]
+
+    def dump(self, kind: int, request: bytes) -> Sequence[bytes]:
+        """The bodies that answer, whole: with gaps they are asked for again."""
         for _ in range(_ATTEMPTS):
-            try:
-                return [item(body) for body in self._ask(kind, _DUMP, request)]
-            except _Interrupted:
-                continue
+            with contextlib.suppress(_Interrupted):
+                return list(self._ask(kind, _DUMP, request))
         raise OSError(errno.EAGAIN, "they changed under every attempt to read them")
 
     def link_flags(self, index: int) -> int:

@@ -1,12 +1,40 @@
-"""What doctor concludes and proposes, from what it was told."""
+"""What doctor concludes and proposes, from what it was told; and whom it finds listening."""
 
 from __future__ import annotations
 
 import os
+import socket
 
 import pytest
 
+from tproxyd.config import Backend, Config, Intercept, Listener, ReturnPath, Via
 from tproxyd.configsource import command_line
+from tproxyd.doctor import Check, Verdict, state
+from tproxyd.doctor.check import Patient
+from tproxyd.kernel.listening import listening
+from tproxyd.linux import IP_TRANSPARENT
+
+
+def patient(
+    *listeners: Listener, installed: bool = True, who: dict[int, tuple[bool, ...]] | None = None
+) -> Patient:
+    return Patient(
+        config=Config(listeners=listeners or (Listener(),)),
+        command=lambda verb: f"tproxyd {verb} -c F",
+        installed=installed,
+        differs=(),
+        listening=who,
+        clashes=(),
+        keeper="",
+        unreadable=None,
+        backend=Backend.NFT,
+        return_path=ReturnPath.ACCEPT_MARK,
+        host_netns=False,
+        wants_state=True,
+        dials_here=True,
+        holds_elsewhere=False,
+    )
+
 
 # Commands -----------------------------------------------------------------------------------------
 
@@ -36,3 +64,50 @@ def test_a_command_for_the_same_configuration(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert command_line("install", path) == line
+
+
+# Who listens --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_who_listens(host: str) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as sock:
+        sock.bind((host, 0))
+        port = sock.getsockname()[1]
+        assert port not in listening()
+        sock.listen()
+        assert listening()[port] == (False,)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to make a transparent socket")
+def test_a_transparent_socket_listens() -> None:
+    with socket.socket() as sock:
+        sock.setsockopt(socket.IPPROTO_IP, IP_TRANSPARENT, 1)
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        assert listening()[sock.getsockname()[1]] == (True,)
+
+
+def checked(**facts: object) -> Check:
+    (check,) = state.listeners(patient(**facts))  # type: ignore[arg-type]
+    return check
+
+
+def test_a_listener() -> None:
+    assert checked(who={15006: (True, True)}).verdict is Verdict.OK
+    stranger = checked(who={15006: (False,)})
+    assert (stranger.verdict, stranger.remedy[:6]) == (Verdict.FAIL, "end it")
+    nobody = checked(who={})
+    assert nobody.verdict is Verdict.FAIL
+    assert nobody.remedy.startswith("start the daemon: tproxyd run --install -c F; or ")
+    early = checked(who={}, installed=False)
+    assert (early.verdict, early.detail) == (Verdict.WARN, "nobody listens on 15006")
+    assert checked(who=None).verdict is Verdict.WARN
+
+
+def test_what_need_not_be_transparent() -> None:
+    by_nat = Listener(port=15001, intercept=Intercept(via=Via.REDIRECT))
+    gateway = Listener(port=8000, bind="*")
+    checks = state.listeners(patient(by_nat, gateway, who={15001: (False,), 8000: (False,)}))
+    assert [check.verdict for check in checks] == [Verdict.OK, Verdict.OK]
