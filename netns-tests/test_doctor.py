@@ -42,7 +42,7 @@ def test_healthy(net: Topology) -> None:
         assert done.returncode == 0
         shown = tproxyd(net.pod, "doctor")
         assert shown.returncode == 0
-        assert "round trip" in shown.stdout
+        assert "way home" in shown.stdout
 
 
 def test_round_trip_leaves_nothing(net: Topology) -> None:
@@ -88,8 +88,10 @@ def test_a_remedy_is_for_this_configuration(net: Topology, tmp_path: Path) -> No
     with Daemon(net.pod, config.read_text(), install=False):
         net.pod.ip("rule del fwmark 0x539/0xfff lookup 133")
         told = complaints(tproxyd(net.pod, "doctor", "--json", "-c", str(config)))
+        assert told.keys() == {"rules", "way home IPv4"}
         words = shlex.split(told["rules"]["remedy"].removesuffix(" puts it right"))
         assert words == ["tproxyd", "install", "-c", str(config)]
+        assert told["way home IPv4"]["remedy"] == f"see rules, above: {told['rules']['remedy']}"
         tproxyd(net.pod, *words[1:])
         assert complaints(tproxyd(net.pod, "doctor", "--json", "-c", str(config))) == {}
 
@@ -215,7 +217,91 @@ def test_conntrack_without_a_route_to_clients(net: Topology) -> None:
     config = '[rules]\nreturn_path = "conntrack"\n'
     with Daemon(net.pod, config):
         found = complaints(tproxyd(net.pod, "doctor", "--json", config=config))
-        assert found.keys() == {"round trip IPv4", "round trip IPv6"}
-        assert "ip route get 192.0.2.1" in found["round trip IPv4"]["remedy"]
+        assert found.keys() == {"way home IPv4", "way home IPv6"}
+        assert "ip route get 192.0.2.1" in found["way home IPv4"]["remedy"]
         net.pod.ip("route add default via 10.9.1.2", "route add default via fd00:9:1::2")
         assert complaints(tproxyd(net.pod, "doctor", "--json", config=config)) == {}
+
+
+# Others in the way ------------------------------------------------------------------------------
+
+NFT_DROPS = """
+table inet filter {
+    chain input {
+        type filter hook input priority 0; policy drop;
+        iifname "p0" accept
+    }
+    chain forward {
+        type filter hook forward priority 0; policy drop;
+    }
+}
+"""
+NFT_REJECTS = """
+table inet filter {
+    chain strangers {
+        reject with icmpx admin-prohibited
+    }
+    chain input {
+        type filter hook input priority 0; policy accept;
+        iifname "lo" jump strangers
+    }
+    chain output {
+        type filter hook output priority 0; policy accept;
+        oifname "p0" accept
+    }
+}
+"""
+
+
+def ways_home(net: Topology) -> list[Check]:
+    """All that is complained of, for IPv4 and IPv6. It is not ours, so no install is offered."""
+    found = doctor(net)
+    assert found.keys() == {"way home IPv4", "way home IPv6"}
+    assert not any("tproxyd" in check["remedy"] for check in found.values())
+    return [found["way home IPv4"], found["way home IPv6"]]
+
+
+@pytest.mark.parametrize(
+    ("ruleset", "how"), [(NFT_DROPS, "policy drop"), (NFT_REJECTS, "a rule drops or rejects")]
+)
+def test_a_firewall_drops_the_answers(net: Topology, ruleset: str, how: str) -> None:
+    """It is named, with what to type; and that helps."""
+    net.pod.nft(ruleset)
+    with Daemon(net.pod):
+        for each in ways_home(net):
+            assert each["detail"].endswith(f"these can: chain input of table inet filter ({how})")
+            remedy = each["remedy"].removeprefix("let pass what goes over lo: ")
+        net.pod.run(*remedy.split())
+        assert doctor(net) == {}
+
+
+def test_iptables_drops_the_answers(net: Topology) -> None:
+    net.pod.run("iptables-nft", "-P", "INPUT", "DROP")
+    net.pod.run("ip6tables-nft", "-A", "INPUT", "-i", "lo", "-j", "REJECT")
+    with Daemon(net.pod):
+        for each, tool in zip(ways_home(net), ("iptables", "ip6tables"), strict=True):
+            remedy = each["remedy"].removeprefix("let pass what goes over lo: ")
+            assert remedy == f"{tool} -t filter -I INPUT -i lo -j ACCEPT"
+            net.pod.run(*remedy.replace("tables", "tables-nft", 1).split())
+        assert doctor(net) == {}
+
+
+@pytest.mark.parametrize("kind", ["unreachable default", "default via {client}"])
+def test_another_policy_rule_takes_the_answers(net: Topology, kind: str) -> None:
+    """Of those that come before ours the one that can be why is named."""
+    for version, family in (("-4", V4), ("-6", V6)):
+        for line in (
+            f"route add {kind.format(client=family.client)} table 200",
+            "rule add priority 90 fwmark 0x77 lookup 200",
+            "rule add priority 91 iif p0 lookup 200",
+            "rule add priority 100 lookup 200",
+        ):
+            net.pod.run("ip", version, *line.split())
+    with Daemon(net.pod):
+        for each in ways_home(net):
+            assert each["detail"].endswith("; policy rules come before ours: 100 (lookup 200)")
+            assert "priority above 1337" in each["remedy"]
+        for version in ("-4", "-6"):  # as it says
+            for line in ("rule del priority 100", "rule add priority 2000 lookup 200"):
+                net.pod.run("ip", version, *line.split())
+        assert doctor(net) == {}

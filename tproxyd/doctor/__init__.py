@@ -3,7 +3,8 @@
 Called by `tproxyd doctor`. It only reads, with one exception that is the point of it: it connects
 as a client that does not exist, from the documentation ranges 192.0.2.0/24 and 2001:db8::/32, the
 way that every upstream connection goes (trips.py). What it cannot try from here is the other half,
-a client's packet arriving from outside.
+a client's packet arriving from outside: only an interface brings packets to the rules that
+intercept, and to make one would be a change. So for that half the parts are looked at one by one.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _CHECKS: tuple[Callable[[Patient], Iterator[Check]], ...] = (
     state.interfaces,
     state.rules,
     state.guard,
-    trips.round_trip,
+    trips.way_home,
     trips.names,
     trips.backends,
 )

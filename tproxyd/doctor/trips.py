@@ -17,6 +17,10 @@ from tproxyd.doctor.check import Check, Patient, Verdict
 from tproxyd.flow.connect import Sockets
 from tproxyd.flow.listen import endpoint, has_ipv6
 from tproxyd.flow.policy import Plan
+from tproxyd.kernel import others
+from tproxyd.kernel.chains import mark_mask
+from tproxyd.kernel.desired import PRIORITY
+from tproxyd.kernel.firewall import Family
 from tproxyd.linux import CAP_NET_RAW, AddressKinds, capabilities
 
 _HERE_S = 1.0  # all of it stays on this host: tens of microseconds when it works
@@ -25,17 +29,18 @@ _THERE_S = 2.0
 _CLIENTS = {False: "192.0.2.1", True: "2001:db8::1"}  # RFC 5737, RFC 3849: nobody has them
 
 
-def round_trip(patient: Patient) -> Iterator[Check]:
-    """To a listener of ours, through what is installed.
+def way_home(patient: Patient) -> Iterator[Check]:
+    """As a client to a socket of our own: the second half of an intercepted connection's way.
 
     Nothing of it can leave this host, unless the way back is broken, which is what it then says.
+    It goes over lo, which the rules that intercept pass over: it does not show that they do.
     """
     if not _can_try(patient) or not patient.dials_here:
         return
     for v6, client in _CLIENTS.items():
         if v6 and not has_ipv6():
             continue
-        name = f"round trip IPv{6 if v6 else 4}"
+        name = f"way home IPv{6 if v6 else 4}"
         own = _own_address(v6)
         if own is None:
             detail = "not tried: this host has no address but loopback ones"
@@ -44,21 +49,44 @@ def round_trip(patient: Patient) -> Iterator[Check]:
         try:
             seen = _to_ourselves(Endpoint(client, 0), own, patient.config)
         except OSError as error:
-            yield Check(
-                name,
-                Verdict.FAIL,
-                f"as {client} to {own}: {error.strerror or error}; the way home is broken",
-                f"look at: ip rule, ip route show table {patient.config.table}, and what"
-                f" {patient.command('rules')} prints; {patient.put_right}{_also(patient, client)}",
-            )
+            why, remedy = _broken(patient, client, own)
+            detail = f"as {client} to {own}: {error.strerror or error}; {why}"
+            yield Check(name, Verdict.FAIL, detail, remedy)
         else:
             yield Check(name, Verdict.OK, f"connected as {client}; the far end saw {seen}")
 
 
-def _also(patient: Patient, client: str) -> str:
-    if patient.return_path is not ReturnPath.CONNTRACK:
-        return ""
-    return f". By conntrack there must be some route toward clients: ip route get {client}"
+def _broken(patient: Patient, client: str, own: str) -> tuple[str, str]:
+    """Why the way home is broken, and what to do: first what is ours, then what is others'."""
+    config = patient.config
+    version: Family = 6 if ":" in client else 4
+    look = f"look at: ip route get {client} from {own} mark {config.mark:#x}; nft list ruleset"
+    if patient.unreadable:
+        return "the kernel state is unknown", "see rules, above"
+    if patient.differs:
+        return "the kernel state is not as configured", f"see rules, above: {patient.put_right}"
+    with contextlib.suppress(OSError):
+        if patient.return_path is ReturnPath.CONNTRACK and not others.has_route(client, own):
+            return (
+                "by conntrack there must be some route toward clients, and there is none",
+                f"a default route is enough; look at: ip route get {client}",
+            )
+        if astray := others.astray(client, own, config.mark, config.table):
+            why = f"answers are routed {astray.how}, not by table {config.table}"
+            if not astray.rules:
+                return why, look
+            mark = f"{config.mark:#x}/{mark_mask(config.mark):#x}"
+            remedy = (
+                f"move those behind ours (priority above {PRIORITY}), or have them leave out our"
+                f" mark (not fwmark {mark}); look at: ip -{version} rule"
+            )
+            return f"{why}; policy rules come before ours: {', '.join(astray.rules)}", remedy
+        if droppers := others.droppers(version):
+            can = ", ".join(each.what for each in droppers)
+            why = f"rules and routes are right, so a firewall drops it; these can: {can}"
+            remedies = "; ".join(each.remedy for each in droppers)
+            return why, f"let pass what goes over lo: {remedies}"
+    return "rules and routes are right, and nothing was found that drops it", look
 
 
 def names(patient: Patient) -> Iterator[Check]:

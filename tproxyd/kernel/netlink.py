@@ -35,6 +35,7 @@ RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK, RTM_GETADDR = 16, 17, 18, 22
 RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
 RTM_DELRULE, RTM_GETRULE = 33, 34
 
+_SRC, _MARK, _LOOKUP_TABLE = 2, 16, 0x1000  # RTA_SRC, RTA_MARK, RTM_F_LOOKUP_TABLE
 # RTA_* of a route and FRA_* of a rule; some are both.
 DST, OIF, GATEWAY, PRIORITY, TABLE = 1, 4, 5, 6, 15
 ROUTE_CACHEINFO, ROUTE_PREF = 12, 20
@@ -120,6 +121,20 @@ class Netlink:
                 return list(self._ask(kind, _DUMP, request))
         raise OSError(errno.EAGAIN, "they changed under every attempt to read them")
 
+    def routed_by(self, destination: str, source: str, mark: int) -> int:
+        """The table by which such a packet of this host is routed; OSError where it is not."""
+        family = socket.AF_INET6 if ":" in destination else socket.AF_INET
+        ends = [socket.inet_pton(family, host) for host in (destination, source)]
+        length = 8 * len(ends[0])
+        # IPv4 says "main" without the flag; IPv6 refuses it, and needs none.
+        flags = _LOOKUP_TABLE if family == socket.AF_INET else 0
+        request = _ITEM.pack(family, length, length, 0, 0, 0, 0, 0, flags)
+        request += attribute(DST, ends[0]) + attribute(_SRC, ends[1])
+        request += attribute(_MARK, _NUMBER.pack(mark))
+        (body,) = self._ask(RTM_GETROUTE, _ACK, request)
+        route = item(body)
+        return route.number(TABLE) or route.table
+
     def link_flags(self, index: int) -> int:
         (body,) = self._ask(RTM_GETLINK, _ACK, _LINK.pack(0, 0, index, 0, 0))
         _, _, _, flags, _ = _LINK.unpack_from(body)
@@ -173,12 +188,15 @@ def item(body: bytes) -> Item:
 
 def attributes(body: bytes, at: int) -> dict[int, bytes]:
     """Those that stand behind a header of `at` bytes."""
-    found: dict[int, bytes] = {}
+    return dict(each(body, at))
+
+
+def each(body: bytes, at: int) -> Iterator[tuple[int, bytes]]:
+    """Number and value of each attribute, those of a list with one number too."""
     while at < len(body):
         size, kind = _ATTRIBUTE.unpack_from(body, at)
-        found[kind & _KIND] = body[at + _ATTRIBUTE.size : at + size]
+        yield kind & _KIND, body[at + _ATTRIBUTE.size : at + size]
         at += _aligned(size)
-    return found
 
 
 def _aligned(size: int) -> int:

@@ -1,0 +1,234 @@
+"""What others have that may take the packets which our rules and routes would bring home.
+
+Looked for when an answer does not come home though everything of ours stands as it should:
+
+- policy rules before ours. Whether they matter is not guessed: the kernel is asked how it routes
+  such a packet (RTM_GETROUTE), and only then which rules can be why.
+- base chains that can drop: by their policy, or by a rule that drops or rejects. Which one does,
+  only a trace would show. What a map of verdicts drops is not seen.
+
+Chains and rules are asked of the kernel too: older nft crashes on what a newer one has written, and
+here it would be foreign tables that are listed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from tproxyd.kernel import items, netlink, xtables
+from tproxyd.kernel.desired import PRIORITY
+from tproxyd.kernel.firewall import Family
+from tproxyd.kernel.iptchains import PREFIX
+from tproxyd.kernel.netlink import RTM_GETRULE, Item, Netlink, attributes
+from tproxyd.kernel.nftlang import MEANWHILE, TABLE
+
+# Policy rules before ours ------------------------------------------------------------------------
+
+# include/uapi/linux/fib_rules.h
+_RULE_SRC, _RULE_IIF, _RULE_OIF = 2, 3, 17
+_INVERT = 0x2
+_ACTIONS = {2: "goto", 3: "nop", 6: "blackhole", 7: "unreachable", 8: "prohibit"}
+_TABLE_LOCAL = 255  # include/uapi/linux/rtnetlink.h
+
+
+class Astray(NamedTuple):
+    """Answers that our table does not route."""
+
+    how: str  # "by table 200"
+    rules: tuple[str, ...]  # which come before ours and can be why: "100 (lookup 200)"
+
+
+def astray(client: str, own: str, mark: int, table: int) -> Astray | None:
+    """How a packet with our mark from `own` to `client` is routed, if not by our table.
+
+    Raises OSError.
+    """
+    with contextlib.closing(Netlink()) as kernel:
+        by = _routed(kernel, client, own, mark)
+        if by == table:
+            return None
+        found = [
+            item
+            for item in kernel.list(RTM_GETRULE, _family(client))
+            if (item.number(netlink.PRIORITY) or 0) < PRIORITY
+            and _may_match(item, client, own, mark)
+        ]
+    if isinstance(by, int):
+        how = f"by table {by}"
+        found = [item for item in found if _goes_to(item) == by]
+    else:
+        how = f"nowhere ({by})"
+        found = [item for item in found if _goes_to(item) != _TABLE_LOCAL]
+    return Astray(how, tuple(map(_words, found)))
+
+
+def has_route(client: str, own: str) -> bool:
+    """Whether any route leads from `own` toward `client`, without a mark. Raises OSError."""
+    with contextlib.closing(Netlink()) as kernel:
+        return isinstance(_routed(kernel, client, own, 0), int)
+
+
+def _routed(kernel: Netlink, client: str, own: str, mark: int) -> int | str:
+    """By which table; or why not."""
+    try:
+        return kernel.routed_by(client, own, mark)
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def _may_match(rule: Item, client: str, own: str, mark: int) -> bool:
+    """Not where its selector leaves our answers out; where it has a selector unknown here, yes."""
+    value, iif = rule.number(netlink.RULE_MARK), rule.attributes.get(_RULE_IIF, b"lo\0")
+    fits = (
+        (value is None or not (mark ^ value) & items.mask_of(rule))
+        and _within(client, rule.attributes.get(netlink.DST, b""), rule.dst_len)
+        and _within(own, rule.attributes.get(_RULE_SRC, b""), rule.src_len)
+        and iif == b"lo\0"  # what this host sends itself
+        and _RULE_OIF not in rule.attributes
+    )
+    return fits != bool(rule.flags & _INVERT)
+
+
+def _within(host: str, network: bytes, length: int) -> bool:
+    differing = _number(socket.inet_pton(_family(host), host)) ^ _number(network)
+    return not length or not differing >> (8 * len(network) - length)
+
+
+def _number(address: bytes) -> int:
+    return int.from_bytes(address, "big")
+
+
+def _goes_to(rule: Item) -> int:
+    return rule.number(netlink.TABLE) or rule.table
+
+
+def _words(rule: Item) -> str:
+    what = _ACTIONS.get(rule.action, f"lookup {_goes_to(rule)}")
+    return f"{rule.number(netlink.PRIORITY) or 0} ({what})"
+
+
+def _family(host: str) -> int:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+# Base chains that can drop -----------------------------------------------------------------------
+
+# include/uapi/linux/netfilter/nfnetlink.h, nf_tables.h, nf_tables_compat.h, linux/netfilter.h
+_NETLINK_NETFILTER = 12
+_HEADER, _EVERY = 4, bytes(4)  # nfgenmsg, which begins with the family; of all of them
+_GETCHAIN, _GETRULE = 10 << 8 | 4, 10 << 8 | 7
+_CHAIN_TABLE, _CHAIN_NAME, _CHAIN_HOOK, _CHAIN_POLICY = 1, 3, 4, 5
+_RULE_TABLE, _RULE_CHAIN, _RULE_EXPRESSIONS = 1, 2, 4
+_HOOK_NUMBER = 1
+_EXPRESSION_NAME, _EXPRESSION_DATA = 1, 2
+_IMMEDIATE_DATA, _DATA_VERDICT, _VERDICT_CODE, _VERDICT_CHAIN, _TARGET_NAME = 2, 2, 1, 2, 1
+_DROP = 0  # NF_DROP
+_FAMILIES = {1: "inet", 2: "ip", 10: "ip6"}
+# Those that a packet over lo meets.
+_HOOKS = {0: "prerouting", 1: "input", 3: "output", 4: "postrouting"}
+_XTABLES = ("raw", "mangle", "nat", "filter", "security")
+
+_Key = tuple[int, str, str]  # family, table, chain
+
+
+class Dropper(NamedTuple):
+    what: str
+    remedy: str  # a command
+
+
+class _Chain:
+    def __init__(self) -> None:
+        self.drops = False
+        self.calls = set[str]()
+
+
+def droppers(family: Family) -> list[Dropper]:
+    """Who else can drop a packet of that IP version over lo; first who does it by policy.
+
+    Raises OSError.
+    """
+    with contextlib.closing(Netlink(_NETLINK_NETFILTER)) as kernel:
+        bases = kernel.dump(_GETCHAIN, _EVERY)
+        chains = _chains(kernel.dump(_GETRULE, _EVERY))
+    by_policy, by_rule = list[Dropper](), list[Dropper]()
+    for body in bases:
+        values = attributes(body, _HEADER)
+        key = (body[0], _text(values[_CHAIN_TABLE]), _text(values[_CHAIN_NAME]))
+        number = _hook_number(values.get(_CHAIN_HOOK, b""))
+        others = _FAMILIES.get(key[0], "") in ("inet", {4: "ip", 6: "ip6"}[family])
+        if number not in _HOOKS or not others or _is_ours(key):
+            continue
+        if values.get(_CHAIN_POLICY) == struct.pack(">I", _DROP):
+            by_policy.append(_dropper(key, _HOOKS[number], "policy drop"))
+        elif any(chains[each].drops for each in _reached(key, chains)):
+            by_rule.append(_dropper(key, _HOOKS[number], "a rule drops or rejects"))
+    if "filter" in xtables.names(family):
+        tool = {4: "iptables-legacy", 6: "ip6tables-legacy"}[family]
+        by_rule.append(Dropper(f"what {tool} -S shows", f"{tool} -I INPUT -i lo -j ACCEPT"))
+    return by_policy + by_rule
+
+
+def _dropper(key: _Key, hook: str, how: str) -> Dropper:
+    family, table, chain = _FAMILIES[key[0]], *key[1:]
+    out = hook in ("output", "postrouting")
+    if family != "inet" and table in _XTABLES and chain == hook.upper():
+        tool, way = {"ip": "iptables", "ip6": "ip6tables"}[family], "-o" if out else "-i"
+        remedy = f"{tool} -t {table} -I {chain} {way} lo -j ACCEPT"
+    else:
+        remedy = f"nft insert rule {family} {table} {chain} {'o' if out else 'i'}ifname lo accept"
+    return Dropper(f"chain {chain} of table {family} {table} ({how})", remedy)
+
+
+def _is_ours(key: _Key) -> bool:
+    family, table, chain = key
+    return (_FAMILIES[family] == "inet" and table in (TABLE, MEANWHILE)) or chain.startswith(PREFIX)
+
+
+def _hook_number(value: bytes) -> int | None:
+    return _number(attributes(value, 0)[_HOOK_NUMBER]) if value else None
+
+
+def _chains(rules: Sequence[bytes]) -> dict[_Key, _Chain]:
+    """What the rules of each chain do, of the chains that have any."""
+    chains: dict[_Key, _Chain] = {}
+    for body in rules:
+        values = attributes(body, _HEADER)
+        key = (body[0], _text(values[_RULE_TABLE]), _text(values[_RULE_CHAIN]))
+        chain = chains.setdefault(key, _Chain())
+        for name, data in _expressions(values.get(_RULE_EXPRESSIONS, b"")):
+            if name == "immediate":
+                value = attributes(data, 0).get(_IMMEDIATE_DATA, b"")
+                verdict = attributes(attributes(value, 0).get(_DATA_VERDICT, b""), 0)
+                chain.drops |= verdict.get(_VERDICT_CODE) == struct.pack(">i", _DROP)
+                chain.calls.add(_text(verdict.get(_VERDICT_CHAIN, b"")))
+            elif name == "target":  # of iptables-nft
+                chain.drops |= _text(attributes(data, 0)[_TARGET_NAME]) in ("REJECT", "DROP")
+            else:
+                chain.drops |= name == "reject"
+    return chains
+
+
+def _expressions(value: bytes) -> Iterator[tuple[str, bytes]]:
+    """Their names and their data: a list, whose elements all have one number."""
+    for _, element in netlink.each(value, 0):
+        inner = attributes(element, 0)
+        yield _text(inner[_EXPRESSION_NAME]), inner.get(_EXPRESSION_DATA, b"")
+
+
+def _reached(base: _Key, chains: dict[_Key, _Chain]) -> set[_Key]:
+    """A chain and those that it calls, in the end, which have rules."""
+    reached, todo = set[_Key](), [base]
+    while todo:
+        key = todo.pop()
+        if key in chains and key not in reached and not _is_ours(key):
+            reached.add(key)
+            todo += [(*key[:2], name) for name in chains[key].calls]
+    return reached
+
+
+def _text(value: bytes) -> str:
+    return value.rstrip(b"\0").decode(errors="replace")
