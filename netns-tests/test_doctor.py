@@ -96,6 +96,17 @@ def test_a_remedy_is_for_this_configuration(net: Topology, tmp_path: Path) -> No
         assert complaints(tproxyd(net.pod, "doctor", "--json", "-c", str(config))) == {}
 
 
+def test_rules_that_the_running_daemon_does_not_serve(net: Topology) -> None:
+    """Installed with a configuration that is not the daemon's, as when -c was left out."""
+    config = "[[listener]]\nport = 15050\n"
+    assert tproxyd(net.pod, "install", config=config).stderr == ""  # nobody runs yet
+    with Daemon(net.pod, config, install=False):
+        assert tproxyd(net.pod, "install", config=config).stderr == ""
+        done = tproxyd(net.pod, "install", config="")
+        assert done.returncode == 0
+        assert done.stderr.startswith("tproxyd: nobody listens on 15006, where these rules send")
+
+
 def test_another_program_has_the_port(net: Topology, family: Family) -> None:
     """TPROXY passes it over: its socket is not transparent."""
     tproxyd(net.pod, "install")

@@ -165,7 +165,25 @@ def install(args: argparse.Namespace) -> int:
     report = reconcile.install(config)
     for line in (*report.changed, *report.notes) if report.changed else ("nothing to change",):
         print(line)
+    for port in _unserved(config):
+        print(
+            f"tproxyd: nobody listens on {port}, where these rules send connections; has the daemon"
+            " that runs here another configuration? Name it with -c",
+            file=sys.stderr,
+        )
     return FINE
+
+
+def _unserved(config: Config) -> list[int]:
+    """The ports that a daemon here does not serve; none where none runs yet, which is usual."""
+    from tproxyd.kernel.listening import listening
+    from tproxyd.proc.ask import daemons
+
+    ports = [each.port for each in config.listeners if each.intercepts] if daemons() else []
+    try:
+        return [port for port in ports if port not in listening()]
+    except OSError:  # the kernel does not tell
+        return []
 
 
 def clean(_: argparse.Namespace) -> int:

@@ -46,7 +46,7 @@ def the_one(config: Config | None) -> str:
     the one of its admin endpoint, else that of the only daemon there is. (None: it is wrong by now,
     and that daemon will say so.) Unreachable where that leaves a choice, or nothing.
     """
-    running = _running()
+    running = daemons()
     if config is not None and name_of(config) in running:
         return name_of(config)
     if len(running) == 1:
@@ -60,8 +60,8 @@ def the_one(config: Config | None) -> str:
     raise _unreachable(why, "name the configuration of one with -c")
 
 
-def _running() -> list[str]:
-    """Names in this network namespace (proc(5), /proc/net/unix: @ stands for the NUL)."""
+def daemons() -> list[str]:
+    """The names of those in this network namespace (proc(5), /proc/net/unix: @ is the NUL)."""
     with open("/proc/self/net/unix", encoding="utf-8", errors="replace") as file:
         paths = {line.split()[-1] for line in file}
     return sorted("\0" + path[1:] for path in paths if path.startswith(f"@{PREFIX[1:]}"))
