@@ -142,6 +142,7 @@ class Connections:
                     await self._all_told.wait()
             except TimeoutError:
                 log.warning("no answer about connections from %s", sorted(self._waiting))
-        self._patience = None
+            finally:
+                self._patience = None  # who asked may be gone, and answers still come
         silent, self._waiting = sorted(self._waiting), set()
         return silent

@@ -21,7 +21,6 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import suppress
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -31,7 +30,7 @@ from tproxyd.child import ending_of
 from tproxyd.config import Config, PerClient
 from tproxyd.errors import KernelError
 from tproxyd.flow.tally import ACTIVE, Layout
-from tproxyd.proc import counters, watchdog
+from tproxyd.proc import counters
 from tproxyd.proc.accesslog import AccessLog
 from tproxyd.proc.clients import ClientTables
 from tproxyd.proc.control import Control
@@ -79,6 +78,12 @@ class Slot:
     def say(self, word: str, fd: int | None = None) -> None:
         if self.control is not None:
             self.control.say(word, fd)
+
+    def kill(self, why: str) -> None:
+        """It is beyond hope. Its connections are lost; its queue is served by the next one."""
+        if self.pid:  # else it is reaped, and the number may be a stranger's by now
+            log.error("worker %d (pid %d) %s: killed", self.number, self.pid, why)
+            os.kill(self.pid, signal.SIGKILL)
 
 
 class Generation:
@@ -190,17 +195,28 @@ class Generation:
                 ours.close()
                 self._replace(slot, f"can't be forked: {error.strerror}")
                 return
-        slot.control = Control(self._loop, ours, lambda words: self._heard(slot, words))
+        pid = slot.pid
+        slot.control = Control(self._loop, ours, lambda words: self._heard(slot, pid, words))
         slot.state = SlotState.STARTING
 
-    def _heard(self, slot: Slot, words: str) -> None:
-        if self._others_heard(slot.pid, words):
+    def _heard(self, slot: Slot, pid: int, words: str) -> None:
+        """Never raises: a worker reads what strangers send, and may not be ours any more."""
+        try:
+            self._understand(slot, pid, words)
+        except Exception:
+            log.exception("worker %d (pid %d) makes no sense: %.40r", slot.number, pid, words)
+            if slot.control is not None:
+                slot.control.close()
+            slot.kill("is not to be trusted")
+
+    def _understand(self, slot: Slot, pid: int, words: str) -> None:
+        if self._others_heard(pid, words):
             return
         if words == "ready\n":
             if slot.state is SlotState.STARTING:
                 slot.state = SlotState.READY
             if slot.births > 1:
-                log.info("worker %d is ready again, pid %d", slot.number, slot.pid)
+                log.info("worker %d is ready again, pid %d", slot.number, pid)
             if all(each.state is SlotState.READY for each in self.slots):
                 self.settle_start()
         elif words.startswith("failed: "):
@@ -217,6 +233,7 @@ class Generation:
         slot = next((each for each in self.slots if each.pid == pid), None)
         if slot is None:
             return self.upstreams.reaped(pid, ending_of(code))
+        slot.pid = 0
         if slot.control is not None:
             slot.control.read()  # its last words
             slot.control.close()
@@ -226,8 +243,7 @@ class Generation:
             self.clients.reset(slot.number)
         how = slot.last_words or ending_of(code)
         if self.leaving and code:
-            log.error("worker %d (pid %d) %s", slot.number, slot.pid, how)
-        slot.pid = 0
+            log.error("worker %d (pid %d) %s", slot.number, pid, how)
         self._replace(slot, how)
         return True
 
@@ -289,10 +305,7 @@ class Generation:
             self.tell("cut")  # end your connections now
             await first_of(GRACE_S, self.gone)
         for slot in self.slots:
-            if slot.pid:
-                log.error("worker %d (pid %d) does not end: killed", slot.number, slot.pid)
-                with suppress(ProcessLookupError):
-                    os.kill(slot.pid, signal.SIGKILL)
+            slot.kill("does not end")
         await first_of(GRACE_S, self.gone)  # only a process stuck in the kernel survives this
         self.access_log.close()
 
@@ -319,13 +332,6 @@ class Generation:
     def active(self, slot: Slot) -> int:
         """The connections that it has open."""
         return self.page.get(slot.number, ACTIVE)
-
-
-def kill_hung(worker: watchdog.Worker, why: str) -> None:
-    """The watchdog gave it up. Its connections are lost; its queue is served by the next one."""
-    log.error("worker %d (pid %d) %s: killed", worker.number, worker.pid, why)
-    with suppress(ProcessLookupError):
-        os.kill(worker.pid, signal.SIGKILL)
 
 
 async def first_of(seconds: float, *events: asyncio.Event) -> None:

@@ -47,7 +47,7 @@ from tproxyd.proc.change import Changes
 from tproxyd.proc.commands import Handler
 from tproxyd.proc.connections import Connections
 from tproxyd.proc.endpoints import Endpoints
-from tproxyd.proc.generation import Generation, kill_hung
+from tproxyd.proc.generation import Generation
 from tproxyd.proc.reconciler import Reconciler
 from tproxyd.proc.roster import Roster
 from tproxyd.proc.sockets import Listening, Sockets
@@ -97,7 +97,7 @@ class Supervisor:
         self._stop = asyncio.Event()  # the first SIGTERM or SIGINT
         self._hurry = asyncio.Event()  # the second
         self._roster = Roster(self._totals, self._hurry)
-        self._watchdog = Watchdog(lambda: self._roster.now.ready(), kill_hung)
+        self._watchdog = Watchdog(lambda: self._roster.now.ready())
         self._live = Connections(
             lambda: [(s.pid, s.say) for g in self._roster for s in g.slots if s.pid]
         )
@@ -405,7 +405,10 @@ class Supervisor:
     def _reap(self) -> None:
         with contextlib.suppress(ChildProcessError):
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-                self._reaped(ended[0], os.waitstatus_to_exitcode(ended[1]))
+                try:
+                    self._reaped(ended[0], os.waitstatus_to_exitcode(ended[1]))
+                except Exception:  # those behind it have ended as well
+                    log.exception("the end of process %d is not seen to: this is a bug", ended[0])
 
     def _reaped(self, pid: int, code: int) -> None:
         self._live.gone(pid)

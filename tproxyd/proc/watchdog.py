@@ -9,8 +9,8 @@ serving worker each BEAT_S:
   themselves, which are the supervisor's too, so a worker whose loop runs while nothing is accepted
   can't talk its way out. One that has paused for want of files says so: full is not dead.
 
-A worker that fails either for SILENCE_S is given to `hung`, which kills it: its connections are
-lost, its queue is served by the next one on its slot. WATCHDOG=1 is sent while at least one worker
+A worker that fails either for SILENCE_S is killed: its connections are lost, its queue is served by
+the next one on its slot. WATCHDOG=1 is sent while at least one worker
 has given both proofs in the last PROOF_S. So one bad worker is replaced and the service lives on;
 when none comes back, or this process itself hangs, systemd starts everything anew. It does that
 with SIGABRT, upon which the log says where each thread of this process was (faulthandler).
@@ -62,6 +62,8 @@ class Worker(Protocol):
 
     def say(self, word: str) -> None: ...
 
+    def kill(self, why: str) -> None: ...
+
 
 def answer(taken: int, accepting: bool) -> str:
     """What a worker says to PING: connections it has taken so far, and whether it takes more."""
@@ -78,15 +80,14 @@ class _Pulse:
 
 
 class Watchdog:
-    """`serving` names the workers to look at; `hung` is called with one that is beyond hope."""
+    """`serving` names the workers to look at; who is beyond hope is killed."""
 
     def __init__(
         self,
         serving: Callable[[], Iterable[Worker]],
-        hung: Callable[[Worker, str], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._serving, self._hung, self._clock = serving, hung, clock
+        self._serving, self._clock = serving, clock
         self._pulses: dict[int, _Pulse] = {}  # by pid
         self._beaten = clock()
         self._fed = float("-inf")
@@ -144,7 +145,7 @@ class Watchdog:
         # every beat.
         pulse.answered = pulse.moved = now
         pulse.taken = -1
-        self._hung(worker, why)
+        worker.kill(why)
 
 
 def _accepts(pulse: _Pulse, now: float) -> bool:

@@ -131,6 +131,19 @@ def accepts_nothing(spec: WorkerSpec) -> None:
         pass
 
 
+def talks_nonsense(spec: WorkerSpec) -> None:
+    """To its first client, as one would that strangers have made theirs; and ends, or stays."""
+    spec.control.send(b"ready\n")
+    client, _ = spec.listeners[0][1].accept()
+    for _ in range(9):  # more than are read before a signal is heard
+        spec.control.send(b"pong nonsense\n")
+    if client.recv(10) == b"stay":
+        signal.pause()
+    with suppress(BlockingIOError):  # what it leaves unread would be a reset, and its words lost
+        while spec.control.recv(100, socket.MSG_DONTWAIT):
+            pass
+
+
 def leaves_only_when_cut(spec: WorkerSpec) -> None:
     spec.control.send(b"ready\n")
     while (word := hear(spec)) not in ("cut", ""):

@@ -151,6 +151,23 @@ def test_a_long_answer_may_take_its_time(monkeypatch: pytest.MonkeyPatch) -> Non
     run(test)
 
 
+def test_an_answer_to_somebody_who_is_gone_does_no_harm() -> None:
+    async def test() -> None:
+        workers = Workers(pid1=[row("1-a")])
+        workers.silent = {1}
+        asking = asyncio.ensure_future(workers.connections.listing())
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert workers.heard
+        asking.cancel()
+        await asyncio.wait([asking])
+        workers.connections.heard(1, 'live 1 {"rows": [], "open": 0, "last": true}\n')
+        workers.silent = set()
+        assert ids(await workers.connections.listing()) == ["1-a"]
+
+    run(test)
+
+
 def test_a_worker_that_dies_is_not_waited_for() -> None:
     async def test() -> None:
         workers = Workers(pid1=[row("1-a")], pid2=[row("2-a")])

@@ -16,7 +16,7 @@ import pytest
 
 from tproxyd.addr import Endpoint
 from tproxyd.config import Log
-from tproxyd.proc import generation, reconciler, watchdog
+from tproxyd.proc import generation, reconciler, supervisor, watchdog
 from tproxyd.tests.daemons import (
     PR_SET_CHILD_SUBREAPER,
     Daemon,
@@ -31,9 +31,10 @@ from tproxyd.tests.daemons import (
     refuses,
     say,
     sound_once,
+    talks_nonsense,
     tells_its_files,
 )
-from tproxyd.tests.talker import PATIENCE_S
+from tproxyd.tests.talker import PATIENCE_S, patience
 
 
 @pytest.fixture(autouse=True)
@@ -269,6 +270,68 @@ def test_children_outlive_neither_the_supervisor_nor_ctrl_c() -> None:
         daemon.signal(signal.SIGKILL)
         said = daemon.rest()  # to the end: every process has gone
         assert {"worker 0 hears nobody", "worker 1 hears nobody"} <= set(said)
+
+
+# Workers that are not ours any more ---------------------------------------------------------------
+
+
+def test_a_worker_that_makes_no_sense_is_ended() -> None:
+    with Daemon(talks_nonsense) as daemon:
+        daemon.wait_ready()
+        with daemon.connect() as client:
+            client.sendall(b"stay")
+            daemon.wait_line(r"worker 0 \(pid \d+\) is not to be trusted: killed")
+            daemon.wait_line("worker 0 was killed by SIGKILL; the next one starts")
+            daemon.wait_line("worker 0 is ready again")
+
+
+def test_last_words_that_make_no_sense_keep_nobody_from_being_replaced() -> None:
+    with Daemon(talks_nonsense) as daemon:
+        daemon.wait_ready()
+        (worker,) = (each["pid"] for each in daemon.status()["workers"])
+        daemon.signal(signal.SIGSTOP)  # so that it hears of words and end at once
+        with daemon.connect() as client:
+            client.sendall(b"end")
+            waiting = patience("the worker to have ended")
+            while "\nState:\tZ" not in Path(f"/proc/{worker}/status").read_text():
+                next(waiting)
+            daemon.signal(signal.SIGCONT)
+            daemon.wait_line("worker 0 ended with exit status 0; the next one starts")
+            daemon.wait_line("worker 0 is ready again")
+
+
+def test_who_is_reaped_is_not_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    killed: list[int] = []
+    monkeypatch.setattr(os, "kill", lambda pid, _: killed.append(pid))
+    slot = generation.Slot(0, [])
+    slot.kill("does not end")
+    slot.pid = 4711
+    slot.kill("does not end")
+    assert killed == [4711]
+
+
+def test_a_child_whose_end_is_a_bug_takes_no_other_along() -> None:
+    def one_that_fails() -> None:
+        reaped = supervisor.Supervisor._reaped
+        once = iter([RuntimeError("a bug")])
+
+        def fails_once(self: supervisor.Supervisor, pid: int, code: int) -> None:
+            for error in once:
+                raise error
+            reaped(self, pid, code)
+
+        supervisor.Supervisor._reaped = fails_once  # type: ignore[method-assign]
+
+    with Daemon(workers=2, before=one_that_fails) as daemon:
+        daemon.wait_ready()
+        workers = [each["pid"] for each in daemon.status()["workers"]]
+        daemon.signal(signal.SIGSTOP)
+        for pid in workers:
+            os.kill(pid, signal.SIGKILL)
+        daemon.signal(signal.SIGCONT)
+        daemon.wait_line(r"the end of process \d+ is not seen to: this is a bug")
+        daemon.wait_line("RuntimeError: a bug")
+        daemon.wait_line("was killed by SIGKILL; the next one starts")
 
 
 # Workers that hang --------------------------------------------------------------------------------

@@ -23,10 +23,14 @@ class Worker:
         self.clients: list[socket.socket] = []
         self.taken = 0
         self.asked = 0
+        self.killed: list[str] = []
 
     def say(self, word: str) -> None:
         assert word == watchdog.PING
         self.asked += 1
+
+    def kill(self, why: str) -> None:
+        self.killed.append(f"worker {self.number} {why}")
 
     def called(self) -> None:
         """A client comes and waits."""
@@ -47,11 +51,11 @@ class World:
     def __init__(self) -> None:
         self.now = 1000.0
         self.workers = [Worker(0), Worker(1)]
-        self.ended: list[str] = []
-        self.dog = Watchdog(lambda: self.workers, self._hung, lambda: self.now)
+        self.dog = Watchdog(lambda: self.workers, lambda: self.now)
 
-    def _hung(self, worker: watchdog.Worker, why: str) -> None:
-        self.ended.append(f"worker {worker.number} {why}")
+    @property
+    def ended(self) -> list[str]:
+        return [why for each in self.workers for why in each.killed]
 
     def beat(self, *answering: Worker, accepting: bool = True, seconds: float = BEAT_S) -> None:
         """Time passes, a beat comes, and these workers answer."""
