@@ -334,7 +334,7 @@ class Keeper:
             return
         if self._config.rules.on_crash is OnCrash.CLOSED:
             log.error(
-                "the daemon was killed: the rules stay, and clients are refused;"
+                "the daemon was killed: the rules stay, and clients are refused until one serves;"
                 " start it again, or: tproxyd clean"
             )
             return

@@ -133,7 +133,7 @@ class Supervisor:
             await self._stop.wait()
         except BaseException as error:
             if isinstance(error, Exception):
-                self._inheritance.settled(error)
+                self._inheritance.failed(error)
             raise
         finally:
             try:
@@ -182,7 +182,7 @@ class Supervisor:
         self._installed = self._install  # from here on there may be something to remove
         await self._keep_kernel()
         self._ready = True
-        self._inheritance.settled()
+        await self._inheritance.settle()
         self._on_trial = False
         self._sockets.settle()
         systemd.notify("READY=1", "STATUS=Serving")

@@ -14,6 +14,10 @@ those that Cloudflare's tableflip makes:
    takes back what it had let go. Until it is told to have worked, it leaves alone what it was lent.
 4. One upgrade at a time.
 
+The predecessor's last word decides; until it has come the successor is on trial, and leaves without
+a trace. Where the predecessor dies instead it serves on, unless there is a service manager: that
+one starts another, and they would be in each other's way.
+
 The listening sockets are never closed, so nothing in an accept queue is lost; both serve them while
 they pass. The kernel state stands all the while and moves in one step where the new program, or a
 configuration that has changed, wants another. Counters begin anew, as with every new process.
@@ -23,6 +27,7 @@ configuration that has changed, wants another. Counters begin anew, as with ever
                     lets go of kernel state, admin endpoint and command socket
                 ←   yours
     serving     →                 it has them; what fails here is "failed: …"
+                ←   done          or "no": takes back what it had let go of
                     retires its workers, tells systemd the new MAINPID=, ends
 """
 
@@ -30,6 +35,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import os
 import signal
@@ -39,6 +45,7 @@ from collections.abc import Sequence
 
 from tproxyd import child
 from tproxyd.errors import KernelError
+from tproxyd.linux import die_with_parent
 from tproxyd.proc import systemd
 
 # For all of the successor's start: names are waited for 3 s, workers 10 s; the kernel state takes
@@ -50,7 +57,8 @@ NAME = "predecessor"
 ADMIN = "admin"
 LISTENER = "listener"
 
-_READY, _YOURS, _SERVING, _FAILED, _NO = "ready", "yours", "serving", "failed: ", "no"
+_READY, _YOURS, _SERVING, _DONE = "ready", "yours", "serving", "done"
+_FAILED, _NO = "failed: ", "no"
 
 
 class Channel:
@@ -94,7 +102,10 @@ class Successor:
                 with open(tell, "wb"):
                     keep = [tell, *(sock.fileno() for _, sock in given)]
                     self.parent = child.fork(lambda: _stand_between(given, tell), keep)
-                self.pid = int(number.read() or b"0")
+                pid = number.read()
+                if not pid:
+                    raise OSError(errno.EAGAIN, "it can't be forked")
+                self.pid = int(pid)
                 in_vain.pop_all()
             except OSError as error:
                 why = (error.strerror or str(error)).lower()
@@ -129,7 +140,7 @@ class Successor:
         """It is not wanted (any more)."""
         self._channel.say(_NO)
         self._channel.close()
-        if self.pid and not self.gone.is_set():
+        if not self.gone.is_set():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGTERM)
 
@@ -144,6 +155,7 @@ class Successor:
 
     def close(self) -> None:
         """It serves, and is no descendant of ours any more when this returns."""
+        self._channel.say(_DONE)
         self._channel.close()
         with contextlib.suppress(ProcessLookupError, ChildProcessError):
             os.kill(self.parent, signal.SIGKILL)
@@ -157,7 +169,11 @@ def _stand_between(files: Sequence[tuple[str, socket.socket]], tell: int) -> Non
     that at the moment it hears MAINPID=: of a main process that is not its own child it would not
     notice the end, nor wait for it at a stop (service_set_main_pid, main_pid_alien).
     """
-    pid = os.fork()
+    die_with_parent()  # nobody else would end it; the new process does not inherit that
+    try:
+        pid = os.fork()
+    except OSError:  # no more processes: then no number is told
+        sys.exit(1)
     if pid == 0:
         os.close(tell)
         _execute(files)
@@ -233,24 +249,44 @@ class Inheritance:
         """Our workers can accept: kernel state and endpoints may be ours; whether somebody waits
         to hear how that goes.
 
-        KernelError when the predecessor has thought better of it. One that is gone has nothing
-        left to let go of.
+        KernelError when the predecessor has thought better of it, or is gone and not to be missed.
         """
+        await self._tell(_READY, _YOURS, UPGRADE_TIMEOUT_S)
+        return self.predecessor is not None
+
+    async def settle(self) -> None:
+        """We serve; until that is the predecessor's last word, too. KernelError as above.
+
+        However long it takes, even to be stopped: it may hear us late, and retire then.
+        """
+        await self._tell(_SERVING, _DONE, None)
+        self._hang_up()
+
+    def failed(self, failure: Exception) -> None:
+        """The predecessor learns why."""
+        if self.predecessor is not None:
+            self.predecessor.say(f"{_FAILED}{failure}")
+            self._hang_up()
+
+    async def _tell(self, word: str, answer: str, seconds: float | None) -> None:
         if self.predecessor is None:
-            return False
-        self.predecessor.say(_READY)
+            return
+        self.predecessor.say(word)
         heard = _NO
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(UPGRADE_TIMEOUT_S):
+            async with asyncio.timeout(seconds):
                 heard = await self.predecessor.hear()
-        if heard not in (_YOURS, ""):
+        if heard == answer:
+            return
+        if heard:
             why = "the process that is to be replaced says no"
             raise KernelError("take over", why, "see its log; it goes on")
-        return heard == _YOURS
+        self._hang_up()
+        if os.environ.get("NOTIFY_SOCKET"):
+            why = "the process that is to be replaced is gone"
+            raise KernelError("take over", why, "its service manager starts it again")
 
-    def settled(self, failure: Exception | None = None) -> None:
-        """The predecessor learns how it went."""
+    def _hang_up(self) -> None:
         if self.predecessor is not None:
-            self.predecessor.say(_SERVING if failure is None else f"{_FAILED}{failure}")
             self.predecessor.close()
             self.predecessor = None

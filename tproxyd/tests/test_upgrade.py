@@ -18,10 +18,12 @@ from pathlib import Path
 
 import pytest
 
+from tproxyd import child
+from tproxyd.errors import KernelError
 from tproxyd.proc import systemd
 from tproxyd.proc import upgrade as upgrading
 from tproxyd.tests.programs import ROOT, Echo, Program, echoes
-from tproxyd.tests.talker import PATIENCE_S
+from tproxyd.tests.talker import PATIENCE_S, patience
 from tproxyd.tests.test_reload import text
 
 
@@ -62,10 +64,15 @@ def test_the_new_process_is_nobodys_child(program: Upgradable) -> None:
     """systemd takes it for its own, and hears of its end, only as a child of init."""
     with program.connect() as sock:
         assert echoes(sock)  # so that the old one has something to wait for
-        status = Path(f"/proc/{upgrade(program)}/status").read_text()
-        (parent,) = map(int, re.findall(r"^PPid:\s*(\d+)$", status, re.MULTILINE))
+        parent = parent_of(upgrade(program))
         assert exists(program.pid)
         assert os.getsid(parent) != os.getsid(program.pid)  # no process of ours at all
+
+
+def parent_of(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    (parent,) = map(int, re.findall(r"^PPid:\s*(\d+)$", status, re.MULTILINE))
+    return parent
 
 
 def test_the_old_process_holds_nothing_of_the_new_ones(program: Upgradable) -> None:
@@ -230,11 +237,105 @@ def test_a_crash_when_all_is_let_go_does_no_harm(program: Upgradable) -> None:
     program.next.write_text(
         "from tproxyd.proc import upgrade\n"
         "import os\n"
-        "upgrade.Inheritance.settled = lambda self, failure=None: os._exit(9)\n"
+        "upgrade.Inheritance.settle = lambda self: os._exit(9)\n"
     )
     program.signal(signal.SIGUSR2)
     program.wait_line("can't upgrade: the new process ended with exit status 9")
     assert_goes_on(program)
+
+
+AT_ITS_START = "open({gate!r}).read()\n"
+# When the old process has let go of everything.
+AT_ITS_END = """
+from tproxyd.proc import supervisor
+async def wait(self):
+    open({gate!r}).read()
+supervisor.Supervisor._keep_kernel = wait
+"""
+
+
+@pytest.mark.parametrize("when", [AT_ITS_START, AT_ITS_END])
+def test_the_old_process_dies_and_the_new_one_serves(program: Upgradable, when: str) -> None:
+    """As nobody's child: what stood between the two is gone as well."""
+    new = killed_in_the_middle(program, when)
+    program.wait_line(r"ready in \d+ ms")
+    status = program.status()
+    assert (status["pid"], status["ready"]) == (new, True)
+    waiting = patience("the new process to be nobody's child")
+    while parent_of(new) in program.processes():
+        next(waiting)
+    with program.connect() as sock:
+        assert echoes(sock)
+
+
+@pytest.mark.parametrize("when", [AT_ITS_START, AT_ITS_END])
+def test_the_old_process_dies_and_a_service_manager_starts_another(
+    echo: Echo, tmp_path: Path, when: str
+) -> None:
+    """Which finds the place free."""
+    environment = {"PYTHONPATH": str(tmp_path), "NOTIFY_SOCKET": str(tmp_path / "notify")}
+    with Upgradable(text(echo), environment=environment) as program:
+        program.wait_ready()
+        killed_in_the_middle(program, when)
+        said = program.rest()  # until all are gone
+    assert "can't take over: the process that is to be replaced is gone" in said[-1]
+
+
+def killed_in_the_middle(program: Upgradable, when: str) -> int:
+    """The pid of the new process, which goes on when there is no old one any more."""
+    gate = program.scratch / "gate"
+    os.mkfifo(gate)
+    program.next.write_text(when.format(gate=str(gate)))
+    program.signal(signal.SIGUSR2)
+    new = int(program.wait_line(r"upgrade: the new process is \d+").split()[-1])
+    with gate.open("w"):
+        program.signal(signal.SIGKILL)
+        program.process.wait()
+    return new
+
+
+# The time is over in the moment when the new process says that it serves.
+TOO_LATE = """
+from tproxyd.proc import upgrade
+takes_over = upgrade.Successor.takes_over
+async def too_late(self):
+    await takes_over(self)
+    raise TimeoutError
+upgrade.Successor.takes_over = too_late
+"""
+
+
+def test_one_that_is_ready_too_late_leaves_without_a_trace(echo: Echo, tmp_path: Path) -> None:
+    """Promise 3."""
+    notify = str(tmp_path / "notify")
+    environment = {"PYTHONPATH": str(tmp_path), "NOTIFY_SOCKET": notify}
+    (tmp_path / "sitecustomize.py").write_text(TOO_LATE)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(notify)
+        manager.settimeout(PATIENCE_S)
+        with Upgradable(text(echo), environment=environment) as program:
+            program.wait_ready()
+            before = program.processes()
+            program.next.write_text("")
+            program.signal(signal.SIGUSR2)
+            program.wait_line("can't upgrade: the new process is not done after 30 s")
+            waiting = patience("the new process to be gone")
+            while program.processes() - before:
+                next(waiting)
+            assert_goes_on(program)
+            program.signal(signal.SIGKILL)
+            told = iter(lambda: manager.recv(1000), b"READY=1\nSTATUS=Serving")
+            assert list(told) == []
+            manager.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                manager.recv(1000)
+
+
+def test_a_new_process_that_cannot_be_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the one that is to stand between: its pid is not that of the new process."""
+    monkeypatch.setattr(child, "fork", lambda _body, _keep: 4711)
+    with pytest.raises(KernelError, match="start the new process: it can't be forked; allow more"):
+        upgrading.Successor([])
 
 
 def test_one_that_says_why_it_cannot(program: Upgradable, echo: Echo) -> None:
