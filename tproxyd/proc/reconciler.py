@@ -46,6 +46,8 @@ log = logging.getLogger("tproxyd")
 REQUEST_TIMEOUT_S = 20.0
 # Probes may ask more often than the state is worth reading (a check costs milliseconds).
 FRESH_S = 1.0
+# Nor wait for long: a kubelet gives up after a second, and takes the pod out of its Service.
+PATIENCE_S = 0.5
 # A process that lived this long was sound, and what killed it may not come again at once.
 SOUND_S = 1.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
@@ -225,13 +227,20 @@ class Reconciler:
     # What it says -------------------------------------------------------------------------------
 
     async def check(self) -> Verdict:
-        """What the kernel holds now; at most FRESH_S old, and read once for all who ask."""
+        """What the kernel holds now; at most FRESH_S old, and read once for all who ask.
+
+        Older where that takes longer than PATIENCE_S: then it is what was read last.
+        """
         if time.monotonic() - self.verdict.read_at < FRESH_S:
             return self.verdict
         if self._checking is None or self._checking.done():
             self._checking = asyncio.create_task(self._check())
-        # Shielded: a probe that gives up must not leave the answer to the next request.
-        return await asyncio.shield(self._checking)
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                # Shielded: who gives up must not leave the answer to the next request.
+                return await asyncio.shield(self._checking)
+        except TimeoutError:
+            return self.verdict
 
     async def _check(self) -> Verdict:
         trouble = ""

@@ -104,6 +104,23 @@ def test_drift_is_told_and_counted_once_and_makes_unready(tmp_path: Path) -> Non
         )
 
 
+def test_a_keeper_that_hangs_lets_no_probe_wait(tmp_path: Path) -> None:
+    """What was read last is said, until it answers or is killed for its silence."""
+    sign = tmp_path / "drift"
+    sign.touch()
+    with Daemon(load=drifts_while(sign)) as daemon:
+        daemon.wait_ready()
+        daemon.wait_readyz(503)
+        keeper = keeper_of(daemon)
+        os.kill(keeper, signal.SIGSTOP)
+        sign.unlink()
+        assert daemon.get("/readyz") == (503, "kernel state: drift; to do: add a rule\n")
+        kernel = daemon.status()["kernel"]
+        assert (kernel["state"], kernel["checked_s_ago"] is None) == ("drift", False)
+        os.kill(keeper, signal.SIGCONT)
+        daemon.wait_readyz(200)
+
+
 def test_a_state_that_is_not_installed_is_not_drift() -> None:
     with Daemon(load=not_installed) as daemon:
         daemon.wait_ready()
