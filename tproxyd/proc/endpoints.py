@@ -16,7 +16,7 @@ from tproxyd.config import Config
 from tproxyd.errors import KernelError
 from tproxyd.proc import admin, pages
 from tproxyd.proc.ask import name_of
-from tproxyd.proc.commands import CommandServer, Handler
+from tproxyd.proc.commands import BIND_PATIENCE_S, CommandServer, Handler
 
 log = logging.getLogger("tproxyd")
 
@@ -53,10 +53,11 @@ class Endpoints:
             self._admin = await admin.Server.start(self.socket.dup(), self._provider)
         if self._commands is None:
             self._commands = CommandServer(name_of(self._config), self._handlers)
+            # Several daemons may well live without an admin endpoint; one has the name of those.
+            patience_s = 0.0 if self._config.admin is None else BIND_PATIENCE_S
             try:
-                await self._commands.start()
+                await self._commands.start(patience_s)
             except KernelError as error:
-                # Several daemons may well live without an admin endpoint, and so without a name.
                 level = logging.WARNING if self._config.admin is None else logging.ERROR
                 without = "signals do without: SIGHUP reloads, SIGUSR2 upgrades"
                 log.log(level, "%s; %s", error, without)
