@@ -17,9 +17,11 @@ was made to mean 127.0.0.1, so that its script may read what is here (DNS rebind
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
 import socket
+from collections.abc import Iterator
 
 from tproxyd.addr import Endpoint, parse_ip
 from tproxyd.errors import KernelError
@@ -49,16 +51,21 @@ _HOST = re.compile(rb"\r\nhost:[ \t]*([^\r]*)", re.IGNORECASE)
 _OF_LOOPBACK = re.compile(rb"(localhost|[\d.]+|\[[\da-f:.]+\])?(:\d*)?[ \t]*", re.IGNORECASE)
 
 
-def open_socket(where: Endpoint) -> socket.socket:
-    """The listening socket; KernelError that says what to try."""
+def open_socket(where: Endpoint, beside: socket.socket | None = None) -> socket.socket:
+    """The listening socket; KernelError that says what to try.
+
+    `beside` listens for us, too, until this one is sure to take its place: no reason to fail.
+    """
     sock = socket.socket(
         socket.AF_INET6 if where.is_v6 else socket.AF_INET,
         socket.SOCK_STREAM | socket.SOCK_NONBLOCK,
     )
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(where)
-        sock.listen(BACKLOG)
+        same_port = beside is not None and beside.getsockname()[1] == where.port
+        with _sharing(sock, beside if same_port else None):
+            sock.bind(where)
+            sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
         raise KernelError(
@@ -67,6 +74,23 @@ def open_socket(where: Endpoint) -> socket.socket:
             'choose another address with admin = "ADDRESS:PORT", or none with admin = ""',
         ) from error
     return sock
+
+
+@contextlib.contextmanager
+def _sharing(sock: socket.socket, beside: socket.socket | None) -> Iterator[None]:
+    """In here the two may have one port, at addresses of which one is every address.
+
+    The kernel asks both when one is bound, and when it listens (inet_csk_bind_conflict). Later it
+    asks nobody; then nobody else is to be let in.
+    """
+    both = [] if beside is None else [sock, beside]
+    try:
+        for each in both:
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        yield
+    finally:
+        for each in both:
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
 
 
 class Server:

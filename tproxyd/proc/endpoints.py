@@ -27,25 +27,25 @@ class Endpoints:
         config: Config,
         provider: pages.Provider,
         handlers: Mapping[str, Handler],
-        inherited: socket.socket | None = None,
+        before: socket.socket | None = None,
     ) -> None:
         """The address is taken now, and nobody answers yet; KernelError where it can't be.
 
-        `inherited` is a socket that may listen there already.
+        `before` is a socket that listens for us: a copy is taken over where it is there already,
+        else the two are not in each other's way.
         """
         self._config, self._provider, self._handlers = config, provider, handlers
-        self.socket = self._opened(inherited)
+        self.socket = self._opened(before)
         self._admin: admin.Server | None = None
         self._commands: CommandServer | None = None
 
-    def _opened(self, inherited: socket.socket | None) -> socket.socket | None:
+    def _opened(self, before: socket.socket | None) -> socket.socket | None:
         where = self._config.admin
-        if inherited is not None:
-            host, port = inherited.getsockname()[:2]
-            if where == Endpoint(host, port):
-                return inherited
-            inherited.close()
-        return None if where is None else admin.open_socket(where)
+        if where is None:
+            return None
+        if before is not None and Endpoint(*before.getsockname()[:2]) == where:
+            return before.dup()
+        return admin.open_socket(where, before)
 
     async def serve(self) -> None:
         """Also where another process has the name of the command socket: until that is free."""

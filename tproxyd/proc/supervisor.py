@@ -160,6 +160,8 @@ class Supervisor:
             self._sockets.commit()
         self._tasks.append(self._loop.create_task(self._answers.history.run()))
         endpoints = self._endpoints = self._open_endpoints(self._config, self._inheritance.admin)
+        if self._inheritance.admin is not None:
+            self._inheritance.admin.close()
         if self._inheritance.predecessor is None:
             await endpoints.serve()
         await generation.known(FIRST_S, self._stop)
@@ -227,14 +229,14 @@ class Supervisor:
             return True
         return self._watchdog.heard(pid, words)
 
-    def _open_endpoints(self, config: Config, inherited: socket.socket | None = None) -> Endpoints:
+    def _open_endpoints(self, config: Config, before: socket.socket | None) -> Endpoints:
         commands: dict[str, Handler] = {
             "reload": self._changes.handler(self.reload),
             "upgrade": self._changes.handler(self.upgrade),
             "kill": self._live.on_kill,
             "get": partial(pages.get, self._answers),
         }
-        return Endpoints(config, self._answers, commands, inherited)
+        return Endpoints(config, self._answers, commands, before)
 
     def _describe(self, generation: Generation) -> None:
         config = generation.config
@@ -307,7 +309,8 @@ class Supervisor:
         endpoints: Endpoints | None = None
         try:
             if config.admin != old.config.admin:
-                endpoints = self._open_endpoints(config)
+                assert self._endpoints is not None, "changes wait for the start"
+                endpoints = self._open_endpoints(config, self._endpoints.socket)
             new = self._roster.coming = self._beget(config)
             await new.known(FIRST_S, self._stop)
             new.fork(wait=True)

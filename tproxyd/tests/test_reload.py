@@ -10,9 +10,10 @@ from contextlib import suppress
 
 import pytest
 
+from tproxyd.proc.ask import PREFIX, ask
 from tproxyd.tests.daemons import free_port
 from tproxyd.tests.programs import Echo, Program, echoes
-from tproxyd.tests.talker import patience
+from tproxyd.tests.talker import PATIENCE_S, patience
 
 CONFIG = """
 admin = "127.0.0.1:ADMIN"
@@ -82,6 +83,29 @@ def test_counters_go_on(echo: Echo) -> None:
                 next(waiting)
             assert program.metric(ended) == count
         assert program.metric('tproxyd_reloads_total{result="done"}') == 3
+
+
+MOVES = [("127.0.0.1", "0.0.0.0"), ("0.0.0.0", "127.0.0.1"), ("127.0.0.1", "[::]")]
+
+
+@pytest.mark.parametrize("how", ["reload", "upgrade"])
+@pytest.mark.parametrize(("before", "after"), MOVES)
+def test_an_admin_endpoint_moves_to_another_address_with_the_same_port(
+    echo: Echo, before: str, after: str, how: str
+) -> None:
+    """Its own socket is not in its way, at an address that is part of the other."""
+    config = text(echo).replace("127.0.0.1:ADMIN", f"{before}:ADMIN")
+    with Program(config) as program:
+        program.wait_ready()
+        program.write(config.replace(f"{before}:ADMIN", f"{after}:ADMIN"))
+        said = str(ask(f"{PREFIX}{before}:{program.admin_port}", {"verb": how})["said"])
+        new = program.pid if how == "reload" else int(said.split()[1])
+        if new != program.pid:
+            assert program.process.wait(PATIENCE_S) == 0
+        assert program.status()["pid"] == new
+        with socket.socket() as elsewhere:  # 127.0.0.1 is not all that lo has
+            refused = elsewhere.connect_ex(("127.0.0.2", program.admin_port))
+        assert bool(refused) == (after == "127.0.0.1")
 
 
 OTHER = """
