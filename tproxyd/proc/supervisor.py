@@ -104,6 +104,7 @@ class Supervisor:
         self._answers = Answers(self._standing, kernel, self._totals, self._live)
         self._endpoints: Endpoints | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._logs: asyncio.Task[None] | None = None
         self._changes = Changes(self._stop)
         self._reload: status.ReloadPart = {"done": 0, "failed": 0, "last": "", "error": ""}
         self._successor: upgrade.Successor | None = None
@@ -190,7 +191,7 @@ class Supervisor:
         systemd.notify("READY=1", "STATUS=Serving")
         log.info("ready in %d ms", age_ms())
         self._tasks.append(self._loop.create_task(self._watch_kernel()))
-        self._tasks.append(self._loop.create_task(self._watch_logs()))
+        self._logs = self._loop.create_task(self._watch_logs())
         self._tasks.append(self._loop.create_task(self._watchdog.run()))
         if self._command is not None:
             for _ in range(3):  # a signal that came before is heard first: wake-up, reader, handler
@@ -456,6 +457,8 @@ class Supervisor:
             except KernelError as error:
                 log.error("%s", error)
         await self._end_workers()
+        if self._logs is not None:
+            self._logs.cancel()
         if self._roster.serving is not None:
             self._losses.end(self._totals.samples())
         if installed:

@@ -404,6 +404,33 @@ def assert_goes_on(program: Program) -> None:
             assert echoes(sock)
 
 
+@pytest.mark.parametrize("end", [signal.SIGUSR2, signal.SIGTERM])
+def test_who_drains_follows_its_access_log(echo: Echo, tmp_path: Path, end: int) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "from tproxyd.proc import accesslog\naccesslog.FOLLOW_EVERY_S = 0.02\n"
+    )
+    path = tmp_path / "access.log"
+    config = text(echo, workers=1).replace('access = ""', f'access = "{path}"')
+    with Upgradable(config, environment={"PYTHONPATH": str(tmp_path)}) as program:
+        program.wait_ready()
+        (worker,) = (each["pid"] for each in program.status()["workers"])
+        with program.connect() as held:
+            assert echoes(held)
+            program.signal(end)
+            program.wait_line("serves from here on|stopping")
+            path.rename(tmp_path / "rotated")
+            waiting = patience("the old worker to have the new file")
+            while str(path) not in files_of(worker):
+                next(waiting)
+        assert program.process.wait(PATIENCE_S) == 0
+    assert len(path.read_text().splitlines()) == 1
+    assert (tmp_path / "rotated").read_text() == ""
+
+
+def files_of(pid: int) -> set[str]:
+    return {os.path.realpath(each) for each in Path(f"/proc/{pid}/fd").iterdir()}
+
+
 # Sockets of systemd's keeping ---------------------------------------------------------------------
 
 
