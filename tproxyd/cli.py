@@ -100,9 +100,10 @@ def _arguments() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    config = read_config(args.config)
     from tproxyd.proc import startup
 
+    startup.hold_signals()
+    config = read_config(args.config)
     startup.do_without_openssl()  # which importing the supervisor would load
     from tproxyd.proc import supervisor
 
@@ -120,9 +121,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def exec(args: argparse.Namespace) -> int:
-    config = read_config(args.config)
     from tproxyd.proc import startup
 
+    startup.hold_signals()
+    config = read_config(args.config)
     startup.do_without_openssl()
     from tproxyd.proc import supervisor
     from tproxyd.proc.run_command import Command

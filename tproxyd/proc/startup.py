@@ -1,6 +1,6 @@
 """What the supervisor does to its own process before anything else, and how old it is.
 
-Its libraries without OpenSSL, its log, its limit of open files.
+Signals that wait, its libraries without OpenSSL, its log, its limit of open files.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import resource
+import signal
 import sys
 import time
 import types
@@ -24,6 +25,22 @@ def age_ms() -> int:
         ticks = int(stat.read().rpartition(")")[2].split()[19])
     born = ticks / os.sysconf("SC_CLK_TCK")
     return int((time.clock_gettime(time.CLOCK_BOOTTIME) - born) * 1000)
+
+
+_HELD = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def hold_signals() -> None:
+    """What asks a daemon for something would end a process that has no handler yet. It waits.
+
+    Children do not inherit that (child.py).
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
+
+
+def hear_signals() -> None:
+    """There are handlers: those that came before get theirs now."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD)
 
 
 def do_without_openssl() -> None:

@@ -51,7 +51,7 @@ from tproxyd.proc.generation import Generation
 from tproxyd.proc.reconciler import Reconciler
 from tproxyd.proc.roster import Roster
 from tproxyd.proc.sockets import Listening, Sockets
-from tproxyd.proc.startup import age_ms, log_to_stderr, raise_file_limit
+from tproxyd.proc.startup import age_ms, hear_signals, log_to_stderr, raise_file_limit
 from tproxyd.proc.upstreams import FIRST_S
 from tproxyd.proc.watchdog import Watchdog
 
@@ -126,6 +126,7 @@ class Supervisor:
             self._loop.add_signal_handler(signal.SIGUSR2, self._changes.begin, self.upgrade)
             # Those of `exec` are CMD's; a file that moves is noticed by itself, too.
             self._loop.add_signal_handler(signal.SIGUSR1, self._reopen_logs)
+        hear_signals()
         self._loop.add_signal_handler(signal.SIGCHLD, self._reap)
         self._reap()  # the reconciler may have ended before there was a handler
         try:

@@ -7,6 +7,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -61,6 +62,33 @@ def test_open_connections_live_on_and_new_ones_meet_new_workers(echo: Echo) -> N
                 assert {w["pid"] for w in retired if w["active"]} <= before
                 assert {w["state"] for w in retired} == {"draining"}
                 assert program.metric('tproxyd_connections_active{listener="web"}') == 2
+
+
+# The configuration is read for the first time when there is somebody at the gate.
+GATE = """
+import os
+from tproxyd import configsource
+read = configsource.read_config
+def read_config(*args):
+    if os.path.exists({gate!r}):
+        open({gate!r}).read()
+    return read(*args)
+configsource.read_config = read_config
+"""
+
+
+def test_one_that_is_asked_for_early_comes_after_the_start(echo: Echo, tmp_path: Path) -> None:
+    """It is not the end of a process that has no handlers yet."""
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    (tmp_path / "sitecustomize.py").write_text(GATE.format(gate=str(gate)))
+    with Program(text(echo), environment={"PYTHONPATH": str(tmp_path)}) as program:
+        with gate.open("w"):
+            gate.unlink()
+            program.signal(signal.SIGUSR1)
+            program.signal(signal.SIGHUP)
+        program.wait_ready()
+        program.wait_line("reloaded in")
 
 
 def test_counters_go_on(echo: Echo) -> None:

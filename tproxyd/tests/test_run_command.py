@@ -19,7 +19,7 @@ import pytest
 from tproxyd.config import Config
 from tproxyd.errors import KernelError
 from tproxyd.linux import CAP_SETGID
-from tproxyd.proc import generation, reconciler, run_command
+from tproxyd.proc import generation, reconciler, run_command, startup
 from tproxyd.proc.reconciler import Kernel, Report, Verb
 from tproxyd.proc.run_command import Command, User, user
 from tproxyd.tests.daemons import (
@@ -58,6 +58,13 @@ def waits(script: str = "") -> tuple[str, ...]:
 
 
 # Its life -----------------------------------------------------------------------------------------
+
+
+def test_no_signal_waits_for_it() -> None:
+    """As those of the daemon do, until it has handlers."""
+    argv = shell("grep SigBlk /proc/self/status")
+    with Daemon(argv=argv, before=startup.hold_signals) as daemon:
+        daemon.wait_line(r"^SigBlk:\s0{16}$")
 
 
 def test_it_starts_when_everything_stands_and_ends_everything() -> None:
