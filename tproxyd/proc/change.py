@@ -3,60 +3,61 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 
 from tproxyd.config import Config
 from tproxyd.errors import ConfigError, KernelError, Problem, TproxydError
 from tproxyd.proc.ask import Answer, Request
+from tproxyd.proc.background import told
 from tproxyd.proc.commands import Handler
 
 Change = Callable[[], Coroutine[object, object, str]]  # what it says when it is done
 
 
 class Changes:
-    """Those that are under way, or wait for their turn."""
+    """Those that are under way, or wait for their turn.
 
-    def __init__(self, stop: asyncio.Event) -> None:
+    One that waits is for all who ask until it begins: it finds things as they are then.
+    """
+
+    def __init__(self, stop: asyncio.Event, **kinds: Change) -> None:
+        """By the names of what can be asked for; each tells the log how it went."""
         self.turn = asyncio.Lock()
-        self._stop = stop
+        self._stop, self._kinds = stop, kinds
         self._tasks: set[asyncio.Task[str]] = set()
+        self._waiting: dict[str, asyncio.Task[str]] = {}
 
-    @contextlib.asynccontextmanager
-    async def alone(self, what: str) -> AsyncIterator[None]:
-        """One change at a time, and none once there is to be a stop: KernelError then."""
-        async with self.turn:
-            if self._stop.is_set():
-                raise _stopping(what)
-            yield
+    def begin(self, what: str) -> None:
+        """A signal asks for it, and is owed no answer."""
+        self._asked(what)
 
-    def begin(self, wanted: Change) -> None:
-        """A signal asks for a change, which tells the log how it went."""
+    def handler(self, what: str) -> Handler:
+        """A command that asks for it, and answers how it went."""
 
-        async def run() -> str:
-            with contextlib.suppress(TproxydError):
-                return await wanted()
-            return ""
-
-        self._make(run)
-
-    def handler(self, wanted: Change) -> Handler:
-        """A command that makes a change, and answers how it went."""
-
-        async def handler(request: Request) -> Answer:
-            task = self._make(wanted)
+        async def handler(_: Request) -> Answer:
+            task = self._asked(what)
             await asyncio.wait([task])
             if task.cancelled():
-                raise _stopping(request["verb"])
+                raise _stopping(what)
             return {"said": task.result()}
 
         return handler
 
-    def _make(self, wanted: Change) -> asyncio.Task[str]:
-        task = asyncio.ensure_future(wanted())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
+    def _asked(self, what: str) -> asyncio.Task[str]:
+        if what not in self._waiting:
+            task = told(asyncio.ensure_future(self._alone(what)), TproxydError)
+            self._waiting[what] = task
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        return self._waiting[what]
+
+    async def _alone(self, what: str) -> str:
+        """One change at a time, and none once there is to be a stop: KernelError then."""
+        async with self.turn:
+            del self._waiting[what]
+            if self._stop.is_set():
+                raise _stopping(what)
+            return await self._kinds[what]()
 
     async def end(self) -> None:
         """What is under way ends where it waits, and undoes what it has done."""

@@ -105,7 +105,7 @@ class Supervisor:
         self._endpoints: Endpoints | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._logs: asyncio.Task[None] | None = None
-        self._changes = Changes(self._stop)
+        self._changes = Changes(self._stop, reload=self.reload, upgrade=self.upgrade)
         self._reload: status.ReloadPart = {"done": 0, "failed": 0, "last": "", "error": ""}
         self._successor: upgrade.Successor | None = None
         self._handed_over = self._to_take_back = False
@@ -122,8 +122,8 @@ class Supervisor:
         for number in signals:
             self._loop.add_signal_handler(number, self._on_signal, number)
         if self._command is None:
-            self._loop.add_signal_handler(signal.SIGHUP, self._changes.begin, self.reload)
-            self._loop.add_signal_handler(signal.SIGUSR2, self._changes.begin, self.upgrade)
+            self._loop.add_signal_handler(signal.SIGHUP, self._changes.begin, "reload")
+            self._loop.add_signal_handler(signal.SIGUSR2, self._changes.begin, "upgrade")
             # Those of `exec` are CMD's; a file that moves is noticed by itself, too.
             self._loop.add_signal_handler(signal.SIGUSR1, self._reopen_logs)
         hear_signals()
@@ -233,8 +233,8 @@ class Supervisor:
 
     def _open_endpoints(self, config: Config, before: socket.socket | None) -> Endpoints:
         commands: dict[str, Handler] = {
-            "reload": self._changes.handler(self.reload),
-            "upgrade": self._changes.handler(self.upgrade),
+            "reload": self._changes.handler("reload"),
+            "upgrade": self._changes.handler("upgrade"),
             "kill": self._live.on_kill,
             "get": partial(pages.get, self._answers),
         }
@@ -285,20 +285,19 @@ class Supervisor:
 
         ConfigError or KernelError when it can't be: then the old one goes on.
         """
-        async with self._changes.alone("reload"):
-            self._reload["last"] = datetime.now(UTC).isoformat(timespec="seconds")
-            try:
-                said = await change.no_os_error("reload", self._reloaded)
-            except TproxydError as error:
-                self._reload["failed"] += 1
-                self._reload["error"] = str(error)
-                log.error("reload: %s", error)
-                log.error("the configuration of before goes on")
-                raise
-            self._reload["done"] += 1
-            self._reload["error"] = ""
-            log.info("%s", said)
-            return said
+        self._reload["last"] = datetime.now(UTC).isoformat(timespec="seconds")
+        try:
+            said = await change.no_os_error("reload", self._reloaded)
+        except TproxydError as error:
+            self._reload["failed"] += 1
+            self._reload["error"] = str(error)
+            log.error("reload: %s", error)
+            log.error("the configuration of before goes on")
+            raise
+        self._reload["done"] += 1
+        self._reload["error"] = ""
+        log.info("%s", said)
+        return said
 
     async def _reloaded(self) -> str:
         if self._reread is None:
@@ -356,14 +355,13 @@ class Supervisor:
 
         KernelError when that fails: then this process goes on.
         """
-        async with self._changes.alone("upgrade"):
-            try:
-                said = await change.no_os_error("upgrade", self._upgraded)
-            except KernelError as error:
-                log.error("%s", error)
-                raise
-            log.info("%s", said)
-            return said
+        try:
+            said = await change.no_os_error("upgrade", self._upgraded)
+        except KernelError as error:
+            log.error("%s", error)
+            raise
+        log.info("%s", said)
+        return said
 
     async def _upgraded(self) -> str:
         if self._command is not None or os.getpid() == 1:
