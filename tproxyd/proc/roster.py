@@ -7,6 +7,7 @@ import socket
 from collections.abc import Collection, Iterator
 
 from tproxyd.proc import counters
+from tproxyd.proc.background import told
 from tproxyd.proc.generation import Generation
 
 
@@ -49,7 +50,7 @@ class Roster:
         self._see_off(self.now, self.now.config.drain_timeout_s)
 
     def _see_off(self, generation: Generation, seconds: float) -> None:
-        self._leaving[generation] = asyncio.ensure_future(self._bury(generation, seconds))
+        self._leaving[generation] = told(asyncio.ensure_future(self._bury(generation, seconds)))
 
     async def _bury(self, generation: Generation, seconds: float) -> None:
         await generation.end(seconds, self._hurry)

@@ -30,7 +30,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING
@@ -43,6 +43,7 @@ from tproxyd.linux import CAP_NET_ADMIN, lay_down
 from tproxyd.proc import change, connections, counters, pages, status, systemd, upgrade
 from tproxyd.proc.accesslog import FOLLOW_EVERY_S, AccessLog, Losses
 from tproxyd.proc.answers import Answers, Standing
+from tproxyd.proc.background import told
 from tproxyd.proc.change import Changes
 from tproxyd.proc.commands import Handler
 from tproxyd.proc.connections import Connections
@@ -160,7 +161,7 @@ class Supervisor:
         generation = self._roster.serving = self._beget(self._config)
         if not self._on_trial:
             self._sockets.commit()
-        self._tasks.append(self._loop.create_task(self._answers.history.run()))
+        self._spawn(self._answers.history.run())
         endpoints = self._endpoints = self._open_endpoints(self._config, self._inheritance.admin)
         if self._inheritance.admin is not None:
             self._inheritance.admin.close()
@@ -191,35 +192,39 @@ class Supervisor:
         self._sockets.settle()
         systemd.notify("READY=1", "STATUS=Serving")
         log.info("ready in %d ms", age_ms())
-        self._tasks.append(self._loop.create_task(self._watch_kernel()))
-        self._logs = self._loop.create_task(self._watch_logs())
-        self._tasks.append(self._loop.create_task(self._watchdog.run()))
+        self._spawn(self._watch_kernel())
+        self._logs = told(self._loop.create_task(self._watch_logs()))
+        self._spawn(self._watchdog.run())
         if self._command is not None:
             for _ in range(3):  # a signal that came before is heard first: wake-up, reader, handler
                 await asyncio.sleep(0)
             if not self._stop.is_set():
                 self._command.start()
 
+    def _spawn(self, work: Coroutine[object, object, None]) -> None:
+        """Until the end comes, or its own."""
+        self._tasks.append(told(self._loop.create_task(work)))
+
     def _beget(self, config: Config) -> Generation:
         """A generation for this configuration, with its sockets; no worker yet. KernelError."""
+        self._born += 1
         access_log = AccessLog(config.log.access)
         try:
             slots = config.workers or len(os.sched_getaffinity(0))
             listeners = self._sockets.assign(config, slots)
+            generation = Generation(
+                self._born,
+                config,
+                self._worker,
+                listeners,
+                access_log,
+                self._files,
+                heard=self._heard,
+                living=self._roster,
+            )
         except BaseException:
             access_log.close()
             raise
-        self._born += 1
-        generation = Generation(
-            self._born,
-            config,
-            self._worker,
-            listeners,
-            access_log,
-            self._files,
-            heard=self._heard,
-            living=self._roster,
-        )
         self._totals.add(generation.page)
         generation.upstreams.start()
         return generation
@@ -382,7 +387,7 @@ class Supervisor:
                 await successor.takes_over()
         except BaseException as error:
             successor.dismiss()
-            self._tasks.append(self._loop.create_task(successor.is_gone()))
+            self._spawn(successor.is_gone())
             await self._take_back()
             if isinstance(error, TimeoutError):
                 why = f"the new process is not done after {upgrade.UPGRADE_TIMEOUT_S:g} s"

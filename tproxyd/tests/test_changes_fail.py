@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import errno
 import os
 import signal
 import socket
@@ -17,10 +18,10 @@ from pathlib import Path
 import pytest
 
 from tproxyd.addr import Endpoint
-from tproxyd.config import Config, Listener
+from tproxyd.config import Config, Listener, Log
 from tproxyd.errors import KernelError
 from tproxyd.flow import listen
-from tproxyd.proc import generation, picture, reconciler, upgrade
+from tproxyd.proc import counters, generation, picture, reconciler, upgrade
 from tproxyd.proc.picture import Address, Entry, Facts, Health
 from tproxyd.proc.reconciler import Kernel, Reconciler, Report, Verb
 from tproxyd.proc.sockets import Sockets
@@ -238,6 +239,30 @@ def gate() -> Iterator[Path]:
     yield path
     for each in (GATE, BEGUN):
         Path(each).unlink(missing_ok=True)
+
+
+def test_a_generation_for_which_there_is_no_memory_leaves_no_file(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.touch()
+
+    def with_memory_for_one() -> None:
+        page, rest = counters.Page, iter([True])
+
+        def one(*args: object) -> counters.Page:
+            if next(rest, False):
+                return page(*args)  # type: ignore[arg-type]
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+        counters.Page = one  # type: ignore[misc, assignment]
+
+    log = Log(access=str(path))
+    with Daemon(before=with_memory_for_one, reread=again(), log=log) as daemon:
+        daemon.wait_ready()
+        daemon.signal(signal.SIGHUP)
+        daemon.wait_line("reload: can't reload: Cannot allocate memory")
+        daemon.wait_line("the configuration of before goes on")
+        files = [os.path.realpath(each) for each in Path(f"/proc/{daemon.pid}/fd").iterdir()]
+        assert files.count(str(path)) == 1
 
 
 def test_a_new_worker_that_dies_before_all_is_done_is_replaced(gate: Path) -> None:

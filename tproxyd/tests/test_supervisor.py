@@ -16,7 +16,7 @@ import pytest
 
 from tproxyd.addr import Endpoint
 from tproxyd.config import Log
-from tproxyd.proc import generation, reconciler, supervisor, watchdog
+from tproxyd.proc import accesslog, generation, reconciler, supervisor, watchdog
 from tproxyd.tests.daemons import (
     PR_SET_CHILD_SUBREAPER,
     Daemon,
@@ -176,6 +176,18 @@ def test_nothing_is_heard_once_the_loop_closes_however_it_ended() -> None:
             "its loop closes, and no signal is written to it",
             "can't read the kernel state: it is forbidden; ask somebody",
         ]
+
+
+def test_a_bug_in_what_goes_on_for_ever_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(accesslog.AccessLog, "follow", fails)
+    monkeypatch.setattr(supervisor, "FOLLOW_EVERY_S", 0.01)
+    with Daemon() as daemon:
+        daemon.wait_line(r"Supervisor\._watch_logs has ended by a bug; the rest goes on")
+        daemon.wait_line("RuntimeError: a bug")
+        assert daemon.get("/readyz")[0] == 200
 
 
 # Workers that die ---------------------------------------------------------------------------------
