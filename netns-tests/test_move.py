@@ -99,7 +99,7 @@ def test_a_move_that_fails_changes_nothing(net: Topology, guard: str) -> None:
             assert "another program's is in its place" in refusal
             assert dump(net.pod) == made
         assert knocking.met_a_closed_door(), vars(knocking)
-        assert one.do("check")["state"] == "ok"
+        wait_for(lambda: one.do("check")["state"] == "ok", "it to be read")
         net.pod.run("ip", "rule", "del", "priority", "1337")
         wait_for(lambda: dump(net.pod) == made, "a heal of the old state")
 
@@ -134,4 +134,4 @@ def test_who_has_released_only_watches(net: Topology) -> None:
         one.do("release")
         net.pod.run("ip", "rule", "del", "priority", "1337")
         stays(lambda: "1337:" not in net.pod.run("ip", "rule"), "its absence", 1.0)
-        assert one.do("check")["state"] == "drift"
+        wait_for(lambda: one.do("check")["state"] == "drift", "it to be read")
