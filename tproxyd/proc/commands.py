@@ -72,7 +72,7 @@ class CommandServer:
     async def _try(self) -> None:
         while self._server is None:
             await asyncio.sleep(AGAIN_S)
-            with contextlib.suppress(KernelError):
+            with contextlib.suppress(KernelError, OSError):  # a stranger has it; no more files
                 await self.start(patience_s=0)
         log.info("the command socket @%s is there now", self._name[1:])
 

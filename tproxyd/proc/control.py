@@ -22,6 +22,8 @@ log = logging.getLogger("tproxyd")
 # The longest word there may be, and the size of the buffer to read one with: some 8,000 upstreams.
 # A datagram has to fit into SO_SNDBUF, whose default, net.core.wmem_default, is 212,992.
 MAX_WORD = 200 * 1024
+# Words heard in one go: who talks without pause does not keep the supervisor from anything else.
+_AT_ONCE = 64
 _ONE_FILE = socket.CMSG_SPACE(4)  # with a word comes one at most
 
 
@@ -56,7 +58,7 @@ class Control:
         self._loop, self._heard = loop, heard
         self._sock: socket.socket | None = sock
         self._unsaid: list[_Unsaid] = []
-        loop.add_reader(sock, self.read)
+        loop.add_reader(sock, self._some)
 
     def say(self, word: str, fd: int | None = None) -> None:
         if self._sock is None:
@@ -71,18 +73,30 @@ class Control:
         self._send()
 
     def read(self) -> None:
-        """Everything that it has said up to now."""
-        while self._sock is not None:
-            try:
-                words = self._sock.recv(MAX_WORD).decode(errors="replace")
-            except BlockingIOError:
+        """Everything that one who is gone has said."""
+        while self._next():
+            pass
+
+    def _some(self) -> None:
+        for _ in range(_AT_ONCE):
+            if not self._next():
                 return
-            except OSError:
-                words = ""
-            if not words:
-                self.close()
-                return
+
+    def _next(self) -> bool:
+        """Hear a word; whether there was one."""
+        if self._sock is None:
+            return False
+        try:
+            words = self._sock.recv(MAX_WORD).decode(errors="replace")
+        except BlockingIOError:
+            return False
+        except OSError:
+            words = ""
+        if words:
             self._heard(words)
+        else:
+            self.close()
+        return bool(words)
 
     def close(self) -> None:
         if self._sock is not None:

@@ -266,7 +266,8 @@ class Supervisor:
     async def _watch_kernel(self) -> None:
         while True:
             if self._to_take_back:
-                await self._take_back()
+                async with self._changes.turn:  # not in the middle of another upgrade
+                    await self._take_back()
             await self._kernel.check()
             await asyncio.sleep(CHECK_EVERY_S)
 

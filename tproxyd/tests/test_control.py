@@ -89,6 +89,24 @@ def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+def test_who_talks_without_pause_does_not_keep_the_loop() -> None:
+    loop, heard = asyncio.new_event_loop(), list[str]()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    def answer(word: str) -> None:
+        heard.append(word)
+        if len(heard) < 10_000:
+            theirs.send(b"and again\n")
+
+    control = Control(loop, ours, answer)
+    theirs.send(b"once\n")
+    with theirs:
+        loop.run_until_complete(asyncio.sleep(0.001))
+        assert 0 < len(heard) < 10_000
+        control.close()
+    loop.close()
+
+
 def test_a_file_goes_with_a_word(line: Line) -> None:
     _, control, theirs, _ = line
     before = open_files()
