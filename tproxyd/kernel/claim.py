@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import socket
 import struct
 import time
@@ -110,7 +109,3 @@ def words(pid: int) -> str:
     except OSError:
         line = ""
     return f"tproxyd (process {pid}{': ' if line else ''}{line[:200]})"
-
-
-def mine() -> str:
-    return words(os.getppid())

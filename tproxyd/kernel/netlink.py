@@ -15,13 +15,14 @@ attributes. With pyroute2 a look at the whole kernel state took 8 ms of CPU time
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
 import socket
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 # linux/netlink.h, linux/rtnetlink.h
@@ -96,7 +97,7 @@ class Netlink:
         """The IPv6 addresses of an interface: address, length of its prefix, protocol number."""
         found = []
         request = _ADDRESS.pack(socket.AF_INET6, 0, 0, 0, index)
-        for body in self._ask(RTM_GETADDR, _DUMP, request):
+        for body in self._dump(RTM_GETADDR, request):
             family, length, _, _, _ = _ADDRESS.unpack_from(body)
             values = attributes(body, _ADDRESS.size)
             protocol = values.get(_IFA_PROTO, b"\0")[0]
@@ -110,12 +111,7 @@ class Netlink:
         request = _ITEM.pack(family, 0, 0, 0, 0, protocol, 0, action, 0)
         if table:
             request += _ATTRIBUTE.pack(8, TABLE) + _NUMBER.pack(table)
-        for _ in range(_ATTEMPTS):
-            try:
-                return [item(body) for body in self._ask(kind, _DUMP, request)]
-            except _Interrupted:
-                continue
-        raise OSError(errno.EAGAIN, "they changed under every attempt to read them")
+        return [item(body) for body in self._dump(kind, request)]
 
     def link_flags(self, index: int) -> int:
         (body,) = self._ask(RTM_GETLINK, _ACK, _LINK.pack(0, 0, index, 0, 0))
@@ -129,6 +125,13 @@ class Netlink:
     def write(self, kind: int, body: bytes, flags: int = 0) -> None:
         for _ in self._ask(kind, _ACK | flags, body):
             pass
+
+    def _dump(self, kind: int, request: bytes) -> Sequence[bytes]:
+        """Whole: one with gaps is asked for again."""
+        for _ in range(_ATTEMPTS):
+            with contextlib.suppress(_Interrupted):
+                return list(self._ask(kind, _DUMP, request))
+        raise OSError(errno.EAGAIN, "they changed under every attempt to read them")
 
     def _ask(self, kind: int, flags: int, body: bytes) -> Iterator[bytes]:
         """The bodies of the messages that answer a request."""

@@ -110,6 +110,14 @@ def test_a_list_with_gaps_is_asked_for_again(asked: Netlink) -> None:
     assert len(fake.sent) == 2
 
 
+def test_addresses_with_gaps_are_asked_for_again(asked: Netlink) -> None:
+    here = struct.pack("=4BI", socket.AF_INET6, 128, 0, 0, 1)
+    here += netlink.attribute(1, socket.inet_pton(socket.AF_INET6, "::6"))
+    gaps = message(20, here, flags=INTERRUPTED) + done()
+    answer(asked, gaps, message(20, here, number=2) + done(number=2))
+    assert asked.addresses(1) == [("::6", 128, 0)]
+
+
 def test_gaps_every_time(asked: Netlink) -> None:
     answer(asked, *(done(flags=INTERRUPTED, number=number) for number in range(1, 11)))
     with pytest.raises(OSError, match="under every attempt") as caught:
