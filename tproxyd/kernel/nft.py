@@ -141,7 +141,14 @@ class Nft:
         return found + [(each["table"], each["name"]) for each in chains if each["family"] == ip]
 
     def tables(self, ip: str) -> list[str]:
-        return [*self._of(ip, f"list the nft tables of {ip}")]
+        """Of family `ip` or `ip6`; as `chains`, it takes neither library nor command."""
+        _may_talk(f"list the nft tables of {ip}")
+        return [*self._tables(_FAMILIES[ip])]
+
+    def chains(self, ip: str, begin: tuple[str, ...]) -> list[str]:
+        """The names, of those that begin so, of chains of family `ip` or `ip6`."""
+        _may_talk(f"list the nft chains of {ip}")
+        return nfnetlink.chains(_FAMILIES[ip], begin)
 
     def _of(self, ip: str, action: str) -> dict[str, Described]:
         """The tables of a family."""
