@@ -121,6 +121,7 @@ def others_move_in(pod: Namespace) -> None:
         "route add local default dev lo table 134",
         "-6 route add 2001:db8::/32 dev eth0 table 133",
         "route add unreachable 198.51.100.0/24",
+        "route add unreachable 198.51.100.0/25 proto 133",  # no route of ours is of that type
     )
 
 
@@ -192,7 +193,7 @@ def test_the_route_of_a_redirect_is_healed_and_given_back(pod: Namespace) -> Non
         "-6 route replace local ::6/128 dev lo table local proto 133",
         "-6 route add local ::7/128 dev lo table local proto 133",
         "-6 route add local ::7/128 dev lo table 7 proto 140",
-        "-6 route add ::6/128 dev eth0 table 7 proto 140",
+        "-6 route add local ::6/128 dev eth0 table 7 proto 140",
         "route add local 127.0.0.6/32 dev lo table 7 proto 140",
     ):
         ip(pod, damage)
@@ -270,7 +271,7 @@ def test_damage_is_healed_with_one_write(pod: Namespace, config: Config) -> None
         f"-6 route del local default dev lo table 133 proto {number}",
         f"-6 route replace local default dev lo table 133 proto {wrong}",
         f"rule add iif eth0 {rule} protocol 133",
-        "route add unreachable 203.0.113.0/24 table 9 proto 134",
+        "route add local 203.0.113.0/24 dev lo table 9 proto 134",
     ):
         ip(pod, damage)
         report = pod.inside(check, config)
@@ -319,12 +320,12 @@ def test_leftovers_of_another_version_are_cleaned(pod: Namespace) -> None:
     pod.nft("add table inet tproxyd\nadd set inet tproxyd old { type inet_service; }")
     ip(
         pod,
-        "route add 203.0.113.0/24 via 10.9.1.9 table 8 proto 133",
-        "route add 203.0.113.0/25 proto 133 nexthop via 10.9.1.8 nexthop via 10.9.1.9",
-        "route add unreachable default table 90000 proto 134",
-        "-6 route add 2001:db8:1::/48 via fd00:9:1::9 proto 133",
-        "-6 route add unreachable default table 90000 proto 134",
-        "-6 route add ::6/128 dev lo table 9 proto 134",
+        "route add local 203.0.113.0/24 dev lo metric 7 table 8 proto 133",
+        "route add local 203.0.113.0/25 dev eth0 proto 133",
+        "route add local default dev lo table 90000 proto 134",
+        "-6 route add local 2001:db8:1::/48 dev eth0 metric 7 proto 133",
+        "-6 route add local default dev lo table 90000 proto 134",
+        "-6 route add local ::6/128 dev lo table 9 proto 134",
         "rule add iif eth0 fwmark 1 lookup 9 priority 9 protocol 133",
         "rule add to 10.0.0.0/8 unreachable priority 9 protocol 134",
         "-6 rule add fwmark 1 lookup 9 priority 9 protocol 137",

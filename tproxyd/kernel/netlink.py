@@ -104,11 +104,9 @@ class Netlink:
             found.append((socket.inet_ntop(family, values[_IFA_ADDRESS]), length, protocol))
         return found
 
-    def list(
-        self, kind: int, family: int, *, protocol: int = 0, table: int = 0, action: int = 0
-    ) -> list[Item]:
-        """RTM_GETROUTE, of one protocol number, table or action; or RTM_GETRULE."""
-        request = _ITEM.pack(family, 0, 0, 0, 0, protocol, 0, action, 0)
+    def list(self, kind: int, family: int, *, table: int = 0, action: int = 0) -> list[Item]:
+        """RTM_GETROUTE, of one table or action; or RTM_GETRULE."""
+        request = _ITEM.pack(family, 0, 0, 0, 0, 0, 0, action, 0)
         if table:
             request += _ATTRIBUTE.pack(8, TABLE) + _NUMBER.pack(table)
         return [item(body) for body in self._dump(kind, request)]

@@ -6,8 +6,8 @@ the way to EMPTY.
 
 Whose is it? The nft table `inet tproxyd` is ours by its name. In the tables of iptables, chains are
 by theirs, and rules in the kernel's own chains by a comment (iptsave.py). A state that was read has
-what any backend holds, a wish at most one: what another has left is removed. Rules and routes are
-ours by their routing protocol number (rtm_protocol, FRA_PROTOCOL: a byte that the kernel only
+what any backend holds, a wish at most one: what another has left is removed. Rules and local routes
+are ours by their routing protocol number (rtm_protocol, FRA_PROTOCOL: a byte that the kernel only
 stores), so that they are found whatever table, mark or priority the configuration of their day gave
 them.
 

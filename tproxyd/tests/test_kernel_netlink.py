@@ -84,10 +84,10 @@ def test_a_rule() -> None:
 def test_a_list_over_several_reads(asked: Netlink) -> None:
     route, rule = message(24, ROUTE), message(24, RULE)
     fake = answer(asked, route + rule, route, done())
-    found = asked.list(RTM_GETROUTE, socket.AF_INET, protocol=140)
+    found = asked.list(RTM_GETROUTE, socket.AF_INET, action=2)
     assert [item.raw for item in found] == [ROUTE, RULE, ROUTE]
     (sent,) = fake.sent
-    assert sent == message(RTM_GETROUTE, b"\2\0\0\0\0\x8c" + bytes(6), flags=0x301)
+    assert sent == message(RTM_GETROUTE, b"\2\0\0\0\0\0\0\2" + bytes(4), flags=0x301)
 
 
 def test_messages_are_aligned() -> None:
