@@ -214,6 +214,13 @@ class KernelState:
 EMPTY = KernelState()
 
 
+def holder(state: KernelState) -> Backend | None:
+    """Who has rules of ours, if anybody."""
+    if state.firewall:
+        return Backend.NFT
+    return state.iptables[0].backend if state.iptables else None
+
+
 # The way from one state to another ----------------------------------------------------------------
 
 

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import get_args
 
 import pytest
 
 from tproxyd.addr import PrefixSet, parse_prefix
-from tproxyd.config import Backend, Config, Intercept, Listener, Rules, Scope, SourceKind, Via
+from tproxyd.config import (
+    Backend,
+    Config,
+    Intercept,
+    Listener,
+    ReturnPath,
+    Rules,
+    Scope,
+    SourceKind,
+    Via,
+)
 from tproxyd.errors import KernelError
 from tproxyd.kernel import firewall
-from tproxyd.kernel.desired import Facts, backend, desired, notes
+from tproxyd.kernel.desired import Facts, backend, desired, notes, return_path
 from tproxyd.kernel.firewall import (
     FULL_MASK,
     Chain,
@@ -52,7 +63,7 @@ from tproxyd.kernel.iptlang import ordered, words
 from tproxyd.kernel.iptread import parse
 from tproxyd.kernel.iptsave import Listing, ours, read_save, render, script, strangers
 from tproxyd.kernel.reconcile import check, clean, install
-from tproxyd.kernel.state import KernelState, Tables, diff
+from tproxyd.kernel.state import MARK_SYSCTLS, KernelState, Tables, diff
 from tproxyd.tests.fakes import FakeKernel
 
 FACTS = Facts(ipv6=True, host_netns=True)
@@ -482,6 +493,32 @@ def test_auto(legacy_rules: bool, nft: bool, chosen: Backend, why: str) -> None:
     assert (choice.why in notes(Config(), facts)) == (chosen is not Backend.NFT)
     asked = backend(config(Backend.NFT), facts)
     assert asked == (Backend.NFT, "backend nft: it was asked for")
+
+
+@pytest.mark.parametrize("one", list(Backend)[1:])
+def test_auto_stays_with_the_rules_that_stand(one: Backend) -> None:
+    """A legacy rule of somebody's, or an nft that was installed since, moves nothing."""
+    kernel = FakeKernel()
+    install(config(one), world=kernel)
+    held = str(kernel)
+    for kernel.legacy_rules, kernel.nft in ((True, True), (False, True), (False, False)):
+        assert check(config(Backend.AUTO), world=kernel).differs == ()
+        assert install(config(Backend.AUTO), world=kernel).changed == ()
+        assert str(kernel) == held
+
+
+def test_a_settled_choice_outlives_the_rules() -> None:
+    """They were flushed, and meanwhile somebody has made legacy rules and set all sysctls."""
+    facts = Facts(ipv6=True, host_netns=False, sysctls_writable=False)
+    path = return_path(Config(), facts).path
+    assert path is ReturnPath.CONNTRACK
+    later = replace(facts, legacy_rules=True, set_before=frozenset(MARK_SYSCTLS))
+    settled = replace(later, backend=Backend.NFT, path=path)
+    assert backend(Config(), settled).backend is Backend.NFT
+    assert return_path(Config(), settled).path is path
+    assert return_path(Config(), replace(settled, path=None)).path is ReturnPath.ACCEPT_MARK
+    asked = Config(rules=Rules(return_path=ReturnPath.ACCEPT_MARK))
+    assert return_path(asked, settled).path is ReturnPath.ACCEPT_MARK
 
 
 @pytest.mark.parametrize("one", list(Backend)[1:])
