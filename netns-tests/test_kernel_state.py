@@ -6,6 +6,7 @@ damage, and after SIGKILL between any two writes.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import pickle
@@ -34,6 +35,7 @@ from tproxyd.config import (
 )
 from tproxyd.errors import KernelError
 from tproxyd.kernel import routewriter
+from tproxyd.kernel import sysctls as kernel_sysctls
 from tproxyd.kernel.desired import Facts
 from tproxyd.kernel.machine import Machine
 from tproxyd.kernel.nft import LIBRARY, Nft
@@ -236,10 +238,49 @@ def test_the_sysctls_are_as_before(
     before = pod.dump()
     installed(pod, config)
     used = config.rules.return_path is ReturnPath.ACCEPT_MARK
-    assert sysctls(pod) == ((1, 1, 1) if used else values)
+    assert sysctls(pod) == (tuple(value or 133 for value in values) if used else values)
     assert installed(pod, config).changed == ()
     pod.inside(clean)
     assert sysctls(pod) == values
+    assert pod.dump() == before
+
+
+@pytest.mark.parametrize("healed", [False, True])
+def test_the_sysctls_are_remembered_where_every_rule_and_route_is_lost(
+    pod: Namespace, healed: bool
+) -> None:
+    """systemd-networkd removes at its start what it does not know."""
+    config = CONFIGS[ReturnPath.ACCEPT_MARK]
+    before = pod.dump()
+    installed(pod, config)
+    whole = pod.dump()
+    for ip in ("-4", "-6"):
+        pod.run("ip", ip, "rule", "del", "priority", "1337")
+        pod.run("ip", ip, "route", "flush", "table", "133")
+    if healed:
+        installed(pod, config)
+        assert pod.dump() == whole
+    pod.inside(clean)
+    assert pod.dump() == before
+
+
+def test_a_kernel_that_takes_the_sysctls_as_truth_values(
+    pod: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None does yet (Linux 6.18). There the rules and routes remember."""
+    write = kernel_sysctls.write
+
+    def strict(name: str, value: int) -> None:
+        if value not in (0, 1):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        write(name, value)
+
+    monkeypatch.setattr(kernel_sysctls, "write", strict)
+    before = pod.dump()
+    installed(pod, CONFIGS[ReturnPath.ACCEPT_MARK])
+    assert sysctls(pod) == (1, 1, 1)
+    assert installed(pod, CONFIGS[ReturnPath.ACCEPT_MARK]).changed == ()
+    pod.inside(clean)
     assert pod.dump() == before
 
 
@@ -292,7 +333,7 @@ def test_damage_is_healed_with_one_write(pod: Namespace, config: Config) -> None
         assert pod.dump() == whole, script
     for name in MARK_SYSCTLS if uses_sysctls else ():
         pod.sysctl(name, 0)
-        assert installed(pod, config).changed == (f"set {name.replace('/', '.')}=1",)
+        assert installed(pod, config).changed == (f"set {name.replace('/', '.')}=133",)
         assert pod.dump() == whole, name
 
 
@@ -535,7 +576,7 @@ def test_a_read_only_proc_sys(pod: Namespace) -> None:
     )
     lines = done.stdout.splitlines()
     assert lines[0].startswith("return path conntrack: "), done.stderr
-    assert "tcp_fwmark_accept=1: Read-only file system; set it from outside" in lines[1]
+    assert "tcp_fwmark_accept=133: Read-only file system; set it from outside" in lines[1]
     assert "tproxyd" not in pod.run("nft", "list", "tables", "inet")
     pod.inside(clean)
 

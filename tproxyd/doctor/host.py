@@ -106,15 +106,16 @@ def ipv6(_: Patient) -> Iterator[Check]:
 def sysctls(patient: Patient) -> Iterator[Check]:
     accept_mark = sysctl("net/ipv4/tcp_fwmark_accept")
     wanted = patient.dials_here and patient.return_path is ReturnPath.ACCEPT_MARK
-    if accept_mark == "1" and patient.host_netns:
+    is_on = accept_mark not in ("0", "absent")
+    if is_on and patient.host_netns:
         yield Check(
             "tcp_fwmark_accept",
             Verdict.WARN,
-            "1 on the host: sockets of every program inherit packet marks here",
+            f"{accept_mark} on the host: sockets of every program inherit packet marks here",
             'rules.return_path = "conntrack", and sysctl -w net.ipv4.tcp_fwmark_accept=0,'
             " unless somebody else needs it",
         )
-    elif wanted and accept_mark != "1" and patient.installed:
+    elif wanted and not is_on and patient.installed:
         yield Check(
             "tcp_fwmark_accept",
             Verdict.FAIL,

@@ -92,7 +92,7 @@ class Facts:
     ipv6: bool
     host_netns: bool  # this is the host's own network namespace
     set_before: frozenset[str] = frozenset()  # those of MARK_SYSCTLS that were not 0 before us
-    sysctls_writable: bool = True  # false where containers get /proc/sys read-only
+    sysctls_writable: bool = True  # or set; false where containers get /proc/sys read-only
     lo_up: bool = True
     own: frozenset[str] = frozenset()  # the addresses of this host
     ip_tables: tuple[Family, ...] = (4, 6)  # IP versions of the kernel, whether used or not
@@ -251,7 +251,7 @@ def desired(config: Config, *, facts: Facts, intercept: bool = True) -> KernelSt
             for family in facts.ip_tables
         )
     return KernelState(
-        sysctls=tuple(Sysctl(name, 1) for name in sysctls),
+        sysctls=tuple(Sysctl(name, OURS) for name in sysctls),
         routes=tuple(routes),
         rules=tuple(
             PolicyRule(family, PRIORITY, config.mark, mask, config.table, protocol)

@@ -21,7 +21,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from tproxyd.addr import fold
@@ -41,6 +41,7 @@ from tproxyd.kernel.routewriter import Lost, RouteWriter
 from tproxyd.kernel.state import (
     MARK_SYSCTLS,
     NUMBERS,
+    OURS,
     Address,
     Change,
     KernelState,
@@ -96,29 +97,38 @@ class Routing:
 
     def facts(self) -> Facts:
         """What `desired` must know of this machine."""
-        read = self._listed()
-        owned = _remembered(read.routes, read.rules)
+        values = _values()
         return Facts(
             ipv6=sysctls.ipv6(),
             host_netns=in_host_netns(),
-            set_before=frozenset(name for name in MARK_SYSCTLS if sysctls.value(name)) - owned,
-            sysctls_writable=all(sysctls.is_writable(name) for name in MARK_SYSCTLS),
+            set_before=frozenset(name for name in values if values[name]) - self._owned(values),
+            sysctls_writable=all(values[name] or sysctls.is_writable(name) for name in values),
             lo_up=self._lo_up(),
-            own=read.own,
+            own=self._listed().own,
             ip_tables=(4, 6) if os.path.exists("/proc/net/if_inet6") else (4,),
         )
 
     def read(self) -> KernelState:
         """Ours, without the firewall; a sysctl only while something remembers that it is ours."""
         routes, rules, _ = self._listed()
-        owned = _remembered(routes, rules)
-        values = ((name, sysctls.value(name)) for name in MARK_SYSCTLS if name in owned)
+        values = _values()
+        owned = self._owned(values)
+        # Whoever has changed the value since: it is on.
+        on = (name for name in MARK_SYSCTLS if values[name] and name in owned)
         return KernelState(
-            sysctls=tuple(Sysctl(name, value) for name, value in values if value),
+            sysctls=tuple(Sysctl(name, OURS) for name in on),
             routes=tuple(map(items.route, routes)),
             rules=tuple(map(items.rule, rules)),
             addresses=tuple(self._addresses()),
         )
+
+    def _owned(self, values: Mapping[str, int]) -> frozenset[str]:
+        """The sysctls that were 0 before us: it says so itself, or some item of ours does."""
+        routes, rules, _ = self._listed()
+        numbers = {item.protocol for item in routes}
+        numbers |= {item.number(netlink.RULE_PROTOCOL) or 0 for item in rules}
+        told = (name for number in numbers for name in remembered(number))
+        return frozenset((*told, *(name for name in values if values[name] == OURS)))
 
     def _addresses(self) -> list[Address]:
         try:
@@ -208,7 +218,12 @@ class Routing:
 
     def _write_sysctl(self, name: str, value: int) -> None:
         try:
-            sysctls.write(name, value)
+            try:
+                sysctls.write(name, value)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                sysctls.write(name, 1)  # a kernel that takes it as a truth value only
         except OSError as error:
             raise _refusal(f"set {name}={value}", error) from error
 
@@ -287,8 +302,5 @@ def in_host_netns() -> bool:
     return os.path.exists("/proc/sys/net/core/netdev_max_backlog")
 
 
-def _remembered(routes: list[Item], rules: list[Item]) -> frozenset[str]:
-    """The sysctls of which some item of ours says that they were 0 before us."""
-    numbers = {item.protocol for item in routes}
-    numbers |= {item.number(netlink.RULE_PROTOCOL) or 0 for item in rules}
-    return frozenset(name for number in numbers for name in remembered(number))
+def _values() -> dict[str, int]:
+    return {name: sysctls.value(name) for name in MARK_SYSCTLS}
