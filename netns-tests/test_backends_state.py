@@ -15,6 +15,7 @@ from lib.daemon import ROOT, TPROXYD, tproxyd
 from lib.netns import Namespace
 from lib.waits import stays, wait_for
 
+from tproxyd import doctor
 from tproxyd.config import Backend, Config, Intercept, Listener, Rules, Scheme, Scope, Via
 from tproxyd.istio.options import ALL, IstioOptions, Mode
 from tproxyd.kernel import iptables, legacy, reconcile, xtables
@@ -295,6 +296,9 @@ def test_what_iptables_has_made_of_ours_needs_iptables(
         hidden.setattr("shutil.which", lambda *_, **__: None)
         with pytest.raises(Exception, match="there is no iptables-nft-save; install it"):
             pod.inside(reconcile.clean)
+        (said,) = [each for each in pod.inside(doctor.run, CONFIGS[0]) if each.name == "rules"]
+        assert said.verdict == "fail"
+        assert said.remedy == "install it: apt install iptables"
     pod.inside(reconcile.clean)
     assert "TPROXYD" not in dump(pod)
 

@@ -47,11 +47,11 @@ def _examine(config: Config) -> Patient:
     from tproxyd.kernel.state import KernelState
 
     facts = reconcile.facts()
-    unreadable = ""
+    unreadable: KernelError | None = None
     try:
         report, clashes = reconcile.check(config), reconcile.clashes(config)
     except KernelError as error:
-        report, clashes, unreadable = reconcile.Report(), (), str(error)
+        report, clashes, unreadable = reconcile.Report(), (), error
     return Patient(
         config=config,
         installed=report.installed,

@@ -5,8 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tproxyd.config import Backend, Config, ReturnPath
+from tproxyd.errors import KernelError
+
+if TYPE_CHECKING:
+    from tproxyd.kernel.clashes import Clash
 
 _SYSCTL = Path("/proc/sys")
 
@@ -32,9 +37,9 @@ class Patient:
     config: Config
     installed: bool  # something of ours is in the kernel
     differs: tuple[str, ...]  # how it differs from what the configuration wants
-    clashes: tuple[str, ...]  # what others have where we want to be
+    clashes: tuple[Clash, ...]  # what others have where we want to be
     keeper: str  # the daemon that keeps the state as it should be; "" = nobody does
-    unreadable: str  # why the kernel state cannot be told; "" when it can
+    unreadable: KernelError | None  # why the kernel state cannot be told
     backend: Backend  # never AUTO
     return_path: ReturnPath
     host_netns: bool

@@ -67,16 +67,19 @@ def kernel(_: Patient) -> Iterator[Check]:
 def transparent_socket(patient: Patient) -> Iterator[Check]:
     if not patient.config.transparent:
         return
+    sockets = Sockets(patient.config.mark)
     try:
         nobody = Endpoint("127.0.0.1", 0)
         plan = Plan(Client(nobody), Upstream(nobody), spoof=True)
-        Sockets(patient.config.mark).upstream_socket(plan).close()
+        sockets.upstream_socket(plan).close()
     except OSError as error:
         remedy = "see the capabilities above; a seccomp filter or an old kernel can forbid it too"
         detail = f"IP_TRANSPARENT and SO_MARK: {error.strerror}"
         yield Check("transparent socket", Verdict.FAIL, detail, remedy)
     else:
         yield Check("transparent socket", Verdict.OK, "IP_TRANSPARENT and SO_MARK can be set")
+    finally:
+        sockets.finish()
 
 
 def loopback(_: Patient) -> Iterator[Check]:

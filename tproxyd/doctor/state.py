@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tproxyd.config import Guard, OnCrash
 from tproxyd.doctor.check import Check, Patient, Verdict
+from tproxyd.linux import CAP_NET_ADMIN, capabilities
 
 
 def clashes(patient: Patient) -> Iterator[Check]:
@@ -18,8 +19,8 @@ def clashes(patient: Patient) -> Iterator[Check]:
         mark, table = patient.config.mark, patient.config.table
         yield Check("clashes", Verdict.OK, f"mark {mark:#x} and table {table} are ours alone")
     for clash in patient.clashes:
-        remedy = "remove it, or give tproxyd another mark, table or listener port in its file"
-        yield Check("clashes", Verdict.FAIL, clash, remedy)
+        verdict = Verdict.FAIL if clash.sure else Verdict.WARN
+        yield Check("clashes", verdict, clash.what, clash.remedy)
 
 
 def listeners(patient: Patient) -> Iterator[Check]:
@@ -40,9 +41,10 @@ def listeners(patient: Patient) -> Iterator[Check]:
 
 
 def rules(patient: Patient) -> Iterator[Check]:
-    if patient.unreadable:
-        remedy = "run doctor as root"
-        yield Check("rules", Verdict.WARN, f"unknown: {patient.unreadable}", remedy)
+    if error := patient.unreadable:
+        # Who lacks the capability was told so above, and has not found anything wrong.
+        verdict = Verdict.FAIL if CAP_NET_ADMIN in capabilities() else Verdict.WARN
+        yield Check("rules", verdict, f"can't {error.action}: {error.why}", error.hint)
     elif not patient.wants_state and not patient.installed:
         yield Check("rules", Verdict.OK, "none, and none are needed: nothing is intercepted")
     elif not patient.installed:

@@ -49,16 +49,20 @@ def round_trip(patient: Patient) -> Iterator[Check]:
                 Verdict.FAIL,
                 f"as {client} to {own}: {error.strerror or error}; the way home is broken",
                 f"look at: ip rule, ip route show table {patient.config.table}, and what"
-                f" tproxyd rules prints; tproxyd install puts them right{_also(patient, client)}",
+                f" tproxyd rules prints; {_remedy(patient, client)}",
             )
         else:
             yield Check(name, Verdict.OK, f"connected as {client}; the far end saw {seen}")
 
 
-def _also(patient: Patient, client: str) -> str:
-    if patient.return_path is not ReturnPath.CONNTRACK:
-        return ""
-    return f". By conntrack there must be some route toward clients: ip route get {client}"
+def _remedy(patient: Patient, client: str) -> str:
+    if patient.clashes:
+        return "what `clashes` tells of may be in the way"
+    if patient.differs or patient.unreadable is not None:
+        return "tproxyd install puts them right"
+    if patient.return_path is ReturnPath.CONNTRACK:
+        return f"by conntrack there must be some route toward clients: ip route get {client}"
+    return "they are as configured: other programs' firewall rules may be in the way"
 
 
 def names(patient: Patient) -> Iterator[Check]:
@@ -140,7 +144,7 @@ def resolve(host: str, port: int) -> set[Endpoint]:
 
 
 def _can_try(patient: Patient) -> bool:
-    return (patient.installed or bool(patient.unreadable)) and CAP_NET_RAW in capabilities()
+    return (patient.installed or patient.unreadable is not None) and CAP_NET_RAW in capabilities()
 
 
 # Trying -------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ RTM_DELRULE, RTM_GETRULE = 33, 34
 DST, OIF, GATEWAY, PRIORITY, TABLE = 1, 4, 5, 6, 15
 ROUTE_CACHEINFO, ROUTE_PREF = 12, 20
 RULE_MARK, RULE_SUPPRESS_PREFIXLEN, RULE_MASK, RULE_PROTOCOL = 10, 14, 16, 21
+RULE_GOTO, RULE_FLOW, RULE_PAD, RULE_L3MDEV = 4, 11, 18, 19
 
 _MESSAGE = struct.Struct("=IHHII")  # nlmsghdr: length, kind, flags, sequence, port
 _ITEM = struct.Struct("=8BI")  # rtmsg, fib_rule_hdr

@@ -24,6 +24,7 @@ from typing import Protocol
 from tproxyd.config import Backend, Config, ReturnPath, Rules
 from tproxyd.errors import KernelError
 from tproxyd.istio.options import IstioOptions
+from tproxyd.kernel.clashes import Clash
 from tproxyd.kernel.desired import (
     PRIORITY,
     BackendChoice,
@@ -222,8 +223,8 @@ def facts() -> Facts:
         return _facts(machine, _read(machine, []))
 
 
-def clashes(config: Config) -> tuple[str, ...]:
-    """What other programs have where we want to be, in sentences."""
+def clashes(config: Config) -> tuple[Clash, ...]:
+    """What other programs have where we want to be."""
     routing = Routing()
     with contextlib.closing(routing):
         return routing.clashes(config.mark, config.table, PRIORITY)

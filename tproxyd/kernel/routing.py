@@ -26,8 +26,8 @@ from typing import NamedTuple
 
 from tproxyd.addr import fold
 from tproxyd.errors import KernelError
-from tproxyd.kernel import items, netlink, sysctls
-from tproxyd.kernel.chains import mark_mask
+from tproxyd.kernel import clashes, items, netlink, sysctls
+from tproxyd.kernel.clashes import Clash
 from tproxyd.kernel.desired import Facts
 from tproxyd.kernel.firewall import Family
 from tproxyd.kernel.netlink import (
@@ -174,28 +174,21 @@ class Routing:
             case _:
                 raise AssertionError(f"not for routing: {change}")
 
-    def clashes(self, mark: int, table: int, priority: int) -> tuple[str, ...]:
-        """What others have in our way, in sentences: routes in our table, rules for our mark."""
-        found: list[str] = []
-        ours = mark_mask(mark)
+    def clashes(self, mark: int, table: int, priority: int) -> tuple[Clash, ...]:
+        """What others have in our way."""
+        found: list[Clash | None] = []
         for family in items.AF:
-            for item in self._list(RTM_GETROUTE, family, table=table):
-                if item.protocol not in NUMBERS and item.number(netlink.TABLE) == table:
-                    where = f"{item.address(netlink.DST) or 'default'}/{item.dst_len}"
-                    found.append(f"table {table} has another program's IPv{family} route: {where}")
-            for item in self._list(RTM_GETRULE, family):
-                if item.number(netlink.RULE_PROTOCOL) in NUMBERS:
-                    continue
-                at, to = item.number(netlink.PRIORITY) or 0, item.number(netlink.TABLE)
-                rule = f"another program's IPv{family} rule at priority {at}"
-                value, mask = item.number(netlink.RULE_MARK), items.mask_of(item)
-                if to == table:
-                    found.append(f"{rule} sends packets to table {table}")
-                elif value is not None and not (mark ^ value) & mask & ours:
-                    found.append(f"{rule} is for packets of mark {value:#x}, which is ours")
-                elif at == priority:
-                    found.append(f"{rule} has the place of ours")
-        return tuple(found)
+            found += [
+                clashes.of_route(item, table)
+                for item in self._list(RTM_GETROUTE, family, table=table)
+                if item.protocol not in NUMBERS and item.number(netlink.TABLE) == table
+            ]
+            found += [
+                clashes.of_rule(item, mark, table, priority)
+                for item in self._list(RTM_GETRULE, family)
+                if item.number(netlink.RULE_PROTOCOL) not in NUMBERS
+            ]
+        return tuple(filter(None, found))
 
     def _write(self, action: object, what: str, command: str, fields: dict[str, object]) -> None:
         try:
