@@ -59,6 +59,9 @@ def neighbours(pod: Namespace) -> Namespace:
             "*nat\n:ISTIO_MINE - [0:0]\n-A OUTPUT -p tcp -j ISTIO_MINE\nCOMMIT\n"
         )
         pod.run(f"{command}-restore", "--noflush", stdin=script.replace("DROP", "ACCEPT"))
+        # Which iptables-save does not quote.
+        recent = ("-m", "recent", "--set", "--name", "it's")
+        pod.run(command, "-t", "mangle", "-A", "PREROUTING", *recent)
     pod.ip(
         "rule add priority 1337 fwmark 0x10 lookup 133 protocol 7",
         "route add 192.0.2.0/24 dev lo table 133 proto 7",

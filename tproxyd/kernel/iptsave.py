@@ -75,8 +75,10 @@ class Listing:
 
     def is_our_rule(self, line: str) -> bool:
         """Of a chain of the kernel's."""
-        tokens = shlex.split(line)
-        pairs = list(itertools.pairwise(tokens))
+        try:
+            pairs = list(itertools.pairwise(shlex.split(line)))
+        except ValueError:  # iptables-save does not quote every name: --name it's
+            return False
         if ("--comment", OWNER) in pairs or (self.adopt and _is_istios(line)):
             return True
         return any(flag in ("-j", "-g") and self.is_our_chain(to) for flag, to in pairs)
