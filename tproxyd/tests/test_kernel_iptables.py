@@ -329,6 +329,14 @@ def test_a_jump_to_us_without_a_comment_is_drift(line: str) -> None:
     assert Chain("PREROUTING", Hook.PREROUTING, (drift,)) in tables.chains
 
 
+def test_a_line_that_is_no_words_is_not_ours() -> None:
+    """iptables-save quotes no name of xt_recent: -m recent --set --name it's."""
+    line = "-m recent --set --name it's --mask 255.255.255.255 --rsource"
+    listings = read_save(f"*mangle\n:PREROUTING ACCEPT [0:0]\n-A PREROUTING {line}\nCOMMIT\n")
+    assert ours(listings, Backend.IPTABLES_NFT, 4) is None
+    assert line not in script(listings, HELD.chains, 4)
+
+
 def test_the_script_from_one_state_to_another() -> None:
     want = lowered(
         [
@@ -465,6 +473,44 @@ def test_redirect_is_in_nat() -> None:
     assert text.startswith("*nat\n")
     assert "! --dports 15020:15021,15090 -j REDIRECT --to-ports 15006\n" in text
     assert "*mangle" not in text
+
+
+@pytest.mark.parametrize("backend", IPTABLES)
+def test_much_that_is_excluded_has_chains_of_its_own(backend: Backend) -> None:
+    """iptables-restore takes 255 words a line; what comes behind the rule still does."""
+    hosts = prefixes(*(f"10.0.{number}.1" for number in range(100)), "fd00::/8")
+    uids = tuple(range(1000, 1400, 2))
+    listeners = (
+        Listener("a", port=1, intercept=Intercept(ports=((80, 89),), exclude_destinations=hosts)),
+        Listener("b", port=2, intercept=Intercept(exclude_ports=(), via=Via.REDIRECT)),
+        Listener("c", port=3, intercept=Intercept(Scope.OUTBOUND, Via.REDIRECT, exclude_uids=uids)),
+    )
+    wish = desired(config(backend, *listeners), facts=FACTS)
+    text = render(wish.iptables)
+    assert max(len(line.split()) for line in text.splitlines() if line[:1] == "-") < 200
+    four, six = (
+        {(each.table, each.name): each.rules for each in tables.chains if isinstance(each, Chain)}
+        for tables in wish.iptables
+    )
+    assert list(map(str, four[Table.MANGLE, "TPROXYD_PREROUTING"][-2:])) == [
+        "to port 80-89 → goto TPROXYD_PREROUTING-1X",
+        "anything → goto TPROXYD_PREROUTING-1",
+    ]
+    through = list(map(str, four[Table.MANGLE, "TPROXYD_PREROUTING-1X"]))
+    assert through[0].endswith("10.0.0.1/32 → goto TPROXYD_PREROUTING-1")
+    assert (len(through), through[-1]) == (102, "anything → goto TPROXYD_1")  # ports too
+    behind = list(map(str, four[Table.MANGLE, "TPROXYD_PREROUTING-1"]))
+    assert behind == ["anything → return"]  # to nat, as listener b's
+    assert (Table.MANGLE, "TPROXYD_PREROUTING-1") not in six
+    made_here = list(map(str, six[Table.NAT, "TPROXYD_OUTPUT-1X"]))
+    assert (len(made_here), made_here[1]) == (202, "made by uid 1000 → return")  # ports too
+    assert (Table.NAT, "TPROXYD_OUTPUT-1") not in six
+    for tables in wish.iptables:
+        for chain in tables.chains:
+            assert isinstance(chain, Chain)
+            for each in chain.rules:
+                assert isinstance(each, Rule)
+                assert parse(words(each, tables.family), tables.family) == replace(each, comment="")
 
 
 def test_a_drain_takes_nothing_new() -> None:
