@@ -15,9 +15,10 @@ from lib.daemon import ROOT, TPROXYD, tproxyd
 from lib.netns import Namespace
 from lib.waits import stays, wait_for
 
+from tproxyd import doctor
 from tproxyd.config import Backend, Config, Intercept, Listener, Rules, Scheme, Scope, Via
 from tproxyd.istio.options import ALL, IstioOptions, Mode
-from tproxyd.kernel import legacy, reconcile, xtables
+from tproxyd.kernel import iptables, legacy, reconcile, xtables
 from tproxyd.kernel.desired import backend as choose
 from tproxyd.kernel.firewall import Family
 
@@ -58,6 +59,9 @@ def neighbours(pod: Namespace) -> Namespace:
             "*nat\n:ISTIO_MINE - [0:0]\n-A OUTPUT -p tcp -j ISTIO_MINE\nCOMMIT\n"
         )
         pod.run(f"{command}-restore", "--noflush", stdin=script.replace("DROP", "ACCEPT"))
+        # Which iptables-save does not quote.
+        recent = ("-m", "recent", "--set", "--name", "it's")
+        pod.run(command, "-t", "mangle", "-A", "PREROUTING", *recent)
     pod.ip(
         "rule add priority 1337 fwmark 0x10 lookup 133 protocol 7",
         "route add 192.0.2.0/24 dev lo table 133 proto 7",
@@ -265,3 +269,53 @@ def test_chains_of_istio_iptables(pod: Namespace, backend: str) -> None:
     pod.inside(reconcile.clean_istio, OPTIONS)
     assert "ISTIO" not in dump(pod)
     assert "mark" not in dump(pod).split("tcp_fwmark_accept")[0].replace("fwmark", "")
+
+
+# Among others, and without the tools of iptables --------------------------------------------------
+
+
+def test_foreign_tables_of_iptables_need_no_iptables(
+    pod: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A router that masquerades by nft has a `table ip nat`, and no iptables."""
+    pod.nft(
+        "table ip nat {\n chain postrouting {\n"
+        " type nat hook postrouting priority srcnat; masquerade\n }\n}\n"
+    )
+    before = dump(pod)
+    monkeypatch.setattr("shutil.which", lambda *_, **__: None)
+    assert pod.inside(reconcile.install, CONFIGS[0]).changed
+    assert pod.inside(reconcile.check, CONFIGS[0]).differs == ()
+    pod.inside(reconcile.clean)
+    assert dump(pod) == before
+
+
+def test_what_iptables_has_made_of_ours_needs_iptables(
+    pod: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody says that there is nothing of ours where it cannot be read."""
+    pod.inside(reconcile.install, with_backend(CONFIGS[0], "iptables-nft"))
+    with monkeypatch.context() as hidden:
+        hidden.setattr("shutil.which", lambda *_, **__: None)
+        with pytest.raises(Exception, match="there is no iptables-nft-save; install it"):
+            pod.inside(reconcile.clean)
+        checks = pod.inside(doctor.run, CONFIGS[0], "tproxyd {}".format)
+        (said,) = [each for each in checks if each.name == "rules"]
+        assert said.verdict == "fail"
+        assert said.remedy == "install it: apt install iptables"
+    pod.inside(reconcile.clean)
+    assert "TPROXYD" not in dump(pod)
+
+
+def test_foreign_rules_of_iptables_are_not_listed(
+    neighbours: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may be thousands, and a daemon looks at every change of its namespace."""
+
+    def no_command(*_: object, **__: object) -> str:
+        raise AssertionError("iptables was run")
+
+    config = CONFIGS[0]
+    neighbours.inside(reconcile.install, with_backend(config, "nft"))
+    monkeypatch.setattr(iptables, "_call", no_command)
+    assert neighbours.inside(reconcile.check, with_backend(config, "nft")).differs == ()

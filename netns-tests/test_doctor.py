@@ -176,6 +176,40 @@ def test_somebody_elses(net: Topology, fault: str, word: str) -> None:
         assert any(word in check["detail"] for check in doctor(net).values())
 
 
+@pytest.mark.parametrize(
+    ("rule", "verdict"),
+    [
+        ("priority 5210 fwmark 0x80000/0xff0000 lookup main", "ok"),  # Tailscale's
+        ("priority 1000 fwmark 0x80000/0xff0000 lookup main", "ok"),
+        ("priority 32764 not fwmark 0xca6c lookup 51820", "ok"),  # wg-quick's
+        ("priority 100 not fwmark 0xca6c lookup 51820", "fail"),
+        ("priority 100 from all lookup 51820", "fail"),
+        ("priority 100 from 10.9.1.1 lookup 51820", "warn"),
+    ],
+)
+def test_rules_beside_ours(net: Topology, rule: str, verdict: str) -> None:
+    """The verdict on it, and that a client is served where it is ok, and not where it is none."""
+    if "51820" in rule:
+        net.pod.ip(f"route add default via {V4.client} table 51820")
+    with Daemon(net.pod):
+        net.pod.run("ip", "rule", "add", *rule.split())
+        told = [
+            check
+            for check in json.loads(tproxyd(net.pod, "doctor", "--json").stdout)
+            if check["name"] in ("clashes", "round trip IPv4") and check["verdict"] != "ok"
+        ]
+        assert [check["verdict"] for check in told] == {
+            "ok": [],
+            "warn": ["warn", "fail"],
+            "fail": ["fail", "fail"],
+        }[verdict]
+        if told:
+            assert rule.split()[1] in told[0]["detail"]
+            assert "a priority above 1337" in told[0]["remedy"]
+            assert "clashes" in told[1]["remedy"]
+            assert "tproxyd install" not in told[1]["remedy"]
+
+
 def test_src_valid_mark(net: Topology) -> None:
     """Told only when it does harm: with the lean rules and rp_filter it does none."""
     for where in ("all", "p0"):

@@ -112,6 +112,20 @@ def test_a_reload_of_firewalld(net: Topology, capsys: pytest.CaptureFixture[str]
             assert "table inet firewalld" in net.pod.run("nft", "list", "ruleset")
 
 
+def test_a_legacy_rule_of_somebodys_moves_nothing(net: Topology) -> None:
+    """Not even where there is nothing of ours to stay with, since that was flushed."""
+    with Daemon(net.pod) as daemon:
+        held = net.pair()
+        command = "iptables-legacy -A INPUT -p tcp --dport 9 -j ACCEPT"
+        net.pod.run(*command.split())
+        installed = dump(net.pod)
+        healed_after(daemon, lambda: net.pod.run("nft", "flush", "ruleset"))
+        wait_for(lambda: dump(net.pod) == installed, "everything as it was")
+        assert_talks(held)
+        assert_talks(net.pair())
+        assert daemon.get("/readyz")[0] == 200
+
+
 def test_who_did_it_and_what_was_wrong_is_told(net: Topology) -> None:
     with Daemon(net.pod) as daemon:
         now, _ = healed_after(daemon, lambda: net.pod.run("nft", "flush", "ruleset"))

@@ -6,6 +6,7 @@ damage, and after SIGKILL between any two writes.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import pickle
@@ -34,6 +35,7 @@ from tproxyd.config import (
 )
 from tproxyd.errors import KernelError
 from tproxyd.kernel import routewriter
+from tproxyd.kernel import sysctls as kernel_sysctls
 from tproxyd.kernel.desired import Facts
 from tproxyd.kernel.machine import Machine
 from tproxyd.kernel.nft import LIBRARY, Nft
@@ -121,6 +123,7 @@ def others_move_in(pod: Namespace) -> None:
         "route add local default dev lo table 134",
         "-6 route add 2001:db8::/32 dev eth0 table 133",
         "route add unreachable 198.51.100.0/24",
+        "route add unreachable 198.51.100.0/25 proto 133",  # no route of ours is of that type
     )
 
 
@@ -192,7 +195,7 @@ def test_the_route_of_a_redirect_is_healed_and_given_back(pod: Namespace) -> Non
         "-6 route replace local ::6/128 dev lo table local proto 133",
         "-6 route add local ::7/128 dev lo table local proto 133",
         "-6 route add local ::7/128 dev lo table 7 proto 140",
-        "-6 route add ::6/128 dev eth0 table 7 proto 140",
+        "-6 route add local ::6/128 dev eth0 table 7 proto 140",
         "route add local 127.0.0.6/32 dev lo table 7 proto 140",
     ):
         ip(pod, damage)
@@ -235,10 +238,49 @@ def test_the_sysctls_are_as_before(
     before = pod.dump()
     installed(pod, config)
     used = config.rules.return_path is ReturnPath.ACCEPT_MARK
-    assert sysctls(pod) == ((1, 1, 1) if used else values)
+    assert sysctls(pod) == (tuple(value or 133 for value in values) if used else values)
     assert installed(pod, config).changed == ()
     pod.inside(clean)
     assert sysctls(pod) == values
+    assert pod.dump() == before
+
+
+@pytest.mark.parametrize("healed", [False, True])
+def test_the_sysctls_are_remembered_where_every_rule_and_route_is_lost(
+    pod: Namespace, healed: bool
+) -> None:
+    """systemd-networkd removes at its start what it does not know."""
+    config = CONFIGS[ReturnPath.ACCEPT_MARK]
+    before = pod.dump()
+    installed(pod, config)
+    whole = pod.dump()
+    for ip in ("-4", "-6"):
+        pod.run("ip", ip, "rule", "del", "priority", "1337")
+        pod.run("ip", ip, "route", "flush", "table", "133")
+    if healed:
+        installed(pod, config)
+        assert pod.dump() == whole
+    pod.inside(clean)
+    assert pod.dump() == before
+
+
+def test_a_kernel_that_takes_the_sysctls_as_truth_values(
+    pod: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None does yet (Linux 6.18). There the rules and routes remember."""
+    write = kernel_sysctls.write
+
+    def strict(name: str, value: int) -> None:
+        if value not in (0, 1):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        write(name, value)
+
+    monkeypatch.setattr(kernel_sysctls, "write", strict)
+    before = pod.dump()
+    installed(pod, CONFIGS[ReturnPath.ACCEPT_MARK])
+    assert sysctls(pod) == (1, 1, 1)
+    assert installed(pod, CONFIGS[ReturnPath.ACCEPT_MARK]).changed == ()
+    pod.inside(clean)
     assert pod.dump() == before
 
 
@@ -270,7 +312,7 @@ def test_damage_is_healed_with_one_write(pod: Namespace, config: Config) -> None
         f"-6 route del local default dev lo table 133 proto {number}",
         f"-6 route replace local default dev lo table 133 proto {wrong}",
         f"rule add iif eth0 {rule} protocol 133",
-        "route add unreachable 203.0.113.0/24 table 9 proto 134",
+        "route add local 203.0.113.0/24 dev lo table 9 proto 134",
     ):
         ip(pod, damage)
         report = pod.inside(check, config)
@@ -291,7 +333,7 @@ def test_damage_is_healed_with_one_write(pod: Namespace, config: Config) -> None
         assert pod.dump() == whole, script
     for name in MARK_SYSCTLS if uses_sysctls else ():
         pod.sysctl(name, 0)
-        assert installed(pod, config).changed == (f"set {name.replace('/', '.')}=1",)
+        assert installed(pod, config).changed == (f"set {name.replace('/', '.')}=133",)
         assert pod.dump() == whole, name
 
 
@@ -319,12 +361,12 @@ def test_leftovers_of_another_version_are_cleaned(pod: Namespace) -> None:
     pod.nft("add table inet tproxyd\nadd set inet tproxyd old { type inet_service; }")
     ip(
         pod,
-        "route add 203.0.113.0/24 via 10.9.1.9 table 8 proto 133",
-        "route add 203.0.113.0/25 proto 133 nexthop via 10.9.1.8 nexthop via 10.9.1.9",
-        "route add unreachable default table 90000 proto 134",
-        "-6 route add 2001:db8:1::/48 via fd00:9:1::9 proto 133",
-        "-6 route add unreachable default table 90000 proto 134",
-        "-6 route add ::6/128 dev lo table 9 proto 134",
+        "route add local 203.0.113.0/24 dev lo metric 7 table 8 proto 133",
+        "route add local 203.0.113.0/25 dev eth0 proto 133",
+        "route add local default dev lo table 90000 proto 134",
+        "-6 route add local 2001:db8:1::/48 dev eth0 metric 7 proto 133",
+        "-6 route add local default dev lo table 90000 proto 134",
+        "-6 route add local ::6/128 dev lo table 9 proto 134",
         "rule add iif eth0 fwmark 1 lookup 9 priority 9 protocol 133",
         "rule add to 10.0.0.0/8 unreachable priority 9 protocol 134",
         "-6 rule add fwmark 1 lookup 9 priority 9 protocol 137",
@@ -534,7 +576,7 @@ def test_a_read_only_proc_sys(pod: Namespace) -> None:
     )
     lines = done.stdout.splitlines()
     assert lines[0].startswith("return path conntrack: "), done.stderr
-    assert "tcp_fwmark_accept=1: Read-only file system; set it from outside" in lines[1]
+    assert "tcp_fwmark_accept=133: Read-only file system; set it from outside" in lines[1]
     assert "tproxyd" not in pod.run("nft", "list", "tables", "inet")
     pod.inside(clean)
 

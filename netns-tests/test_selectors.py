@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from lib.daemon import Daemon
+from lib.backends import BACKENDS, dump, rules
+from lib.daemon import Daemon, tproxyd
 from lib.netns import Namespace
 from lib.topology import PORT, V4, V6, Family, Topology
 
@@ -54,6 +55,41 @@ def test_destinations(net: Topology, family: Family) -> None:
         assert is_taken(net, net.beyond, family.pod_beyond)
         assert is_taken(net, net.client, family.pod_beyond)
         assert not is_taken(net, net.client, family.pod)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_many_exclusions(net: Topology, backend: str) -> None:
+    """More than a line of iptables-restore can hold; what the first listener leaves the second
+    may take.
+    """
+    hosts = ", ".join(f'"10.1.{number}.1"' for number in range(150))
+    uids = ", ".join(map(str, range(2000, 2300, 2)))
+    config = f"""
+        {rules(backend)}
+        [[listener]]
+        name = "first"
+        port = 15001
+        intercept = {{ ports = [80, 81], exclude_destinations = [{hosts}, "10.9.2.1"] }}
+        [[listener]]
+        name = "second"
+        port = 15002
+        intercept = {{ ports = [81] }}
+        [[listener]]
+        name = "out"
+        port = 15003
+        intercept = {{ scope = "outbound", via = "redirect", exclude_uids = [{uids}] }}
+        source = "proxy"
+        """
+    beyond = net.beyond  # a second network of the pod's, from here on
+    before = dump(net.pod)
+    with Daemon(net.pod, config) as daemon:
+        assert is_taken(net, net.client, V4.pod)
+        assert not is_taken(net, beyond, V4.pod_beyond)
+        assert is_taken(net, beyond, V4.pod_beyond, 81)
+        assert is_taken(net, net.client, V6.pod)
+        assert daemon.get("/readyz")[0] == 200
+    tproxyd(net.pod, "clean")
+    assert dump(net.pod) == before
 
 
 @pytest.mark.parametrize("interfaces", ['["p1"]', '["lo", "x*", "p1*"]'])

@@ -16,7 +16,7 @@ def test_application_sees_the_client(net: Topology, family: Family, return_path:
         assert_talks(pair)
         # One path works without connection tracking, the other without the sysctls.
         by_mark = return_path == "accept-mark"
-        assert {net.pod.sysctl(name) for name in MARK_SYSCTLS} == {int(by_mark)}
+        assert {net.pod.sysctl(name) for name in MARK_SYSCTLS} == {133 * by_mark}
         assert ("ct mark" in net.pod.run("nft", "list", "ruleset")) == (not by_mark)
         seen_host, shown_port = pair.app.getpeername()[:2]
         host, port = pair.client.getsockname()[:2]
@@ -43,7 +43,7 @@ def test_application_sees_the_client(net: Topology, family: Family, return_path:
 
 def test_return_path_is_accept_mark_in_a_namespace(net: Topology) -> None:
     with Daemon(net.pod) as daemon:
-        assert {net.pod.sysctl(name) for name in MARK_SYSCTLS} == {1}
+        assert {net.pod.sysctl(name) for name in MARK_SYSCTLS} == {133}
         assert "accept-mark" in daemon.stderr
 
 

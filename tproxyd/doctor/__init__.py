@@ -50,7 +50,7 @@ def _examine(config: Config, command: Callable[[str], str]) -> Patient:
     from tproxyd.kernel.state import KernelState
 
     facts = reconcile.facts()
-    unreadable = None
+    unreadable: KernelError | None = None
     try:
         report, clashes = reconcile.check(config), reconcile.clashes(config)
     except KernelError as error:

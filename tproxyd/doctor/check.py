@@ -6,10 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tproxyd.config import Backend, Config, ReturnPath
 from tproxyd.errors import KernelError
 from tproxyd.kernel.listening import Listening
+
+if TYPE_CHECKING:
+    from tproxyd.kernel.clashes import Clash
 
 _SYSCTL = Path("/proc/sys")
 
@@ -37,7 +41,7 @@ class Patient:
     installed: bool  # something of ours is in the kernel
     differs: tuple[str, ...]  # how it differs from what the configuration wants
     listening: Listening | None  # None: the kernel does not tell
-    clashes: tuple[str, ...]  # what others have where we want to be
+    clashes: tuple[Clash, ...]  # what others have where we want to be
     keeper: str  # the daemon that keeps the state as it should be; "" = nobody does
     unreadable: KernelError | None  # why the kernel state cannot be told
     backend: Backend  # never AUTO

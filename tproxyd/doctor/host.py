@@ -70,16 +70,19 @@ def kernel(_: Patient) -> Iterator[Check]:
 def transparent_socket(patient: Patient) -> Iterator[Check]:
     if not patient.config.transparent:
         return
+    sockets = Sockets(patient.config.mark)
     try:
         nobody = Endpoint("127.0.0.1", 0)
         plan = Plan(Client(nobody), Upstream(nobody), spoof=True)
-        Sockets(patient.config.mark).upstream_socket(plan).close()
+        sockets.upstream_socket(plan).close()
     except OSError as error:
         remedy = "see the capabilities above; a seccomp filter or an old kernel can forbid it too"
         detail = f"IP_TRANSPARENT and SO_MARK: {error.strerror}"
         yield Check("transparent socket", Verdict.FAIL, detail, remedy)
     else:
         yield Check("transparent socket", Verdict.OK, "IP_TRANSPARENT and SO_MARK can be set")
+    finally:
+        sockets.finish()
 
 
 def loopback(patient: Patient) -> Iterator[Check]:
@@ -111,15 +114,16 @@ def ipv6(_: Patient) -> Iterator[Check]:
 def sysctls(patient: Patient) -> Iterator[Check]:
     accept_mark = sysctl("net/ipv4/tcp_fwmark_accept")
     wanted = patient.dials_here and patient.return_path is ReturnPath.ACCEPT_MARK
-    if accept_mark == "1" and patient.host_netns:
+    is_on = accept_mark not in ("0", "absent")
+    if is_on and patient.host_netns:
         yield Check(
             "tcp_fwmark_accept",
             Verdict.WARN,
-            "1 on the host: sockets of every program inherit packet marks here",
+            f"{accept_mark} on the host: sockets of every program inherit packet marks here",
             'rules.return_path = "conntrack", and sysctl -w net.ipv4.tcp_fwmark_accept=0,'
             " unless somebody else needs it",
         )
-    elif wanted and accept_mark != "1" and patient.installed:
+    elif wanted and not is_on and patient.installed:
         yield Check(
             "tcp_fwmark_accept",
             Verdict.FAIL,

@@ -18,8 +18,8 @@ def clashes(patient: Patient) -> Iterator[Check]:
         mark, table = patient.config.mark, patient.config.table
         yield Check("clashes", Verdict.OK, f"mark {mark:#x} and table {table} are ours alone")
     for clash in patient.clashes:
-        remedy = "remove it, or give tproxyd another mark, table or listener port in its file"
-        yield Check("clashes", Verdict.FAIL, clash, remedy)
+        verdict = Verdict.FAIL if clash.sure else Verdict.WARN
+        yield Check("clashes", verdict, clash.what, clash.remedy)
 
 
 def listeners(patient: Patient) -> Iterator[Check]:
@@ -63,14 +63,15 @@ def interfaces(patient: Patient) -> Iterator[Check]:
 
 
 def rules(patient: Patient) -> Iterator[Check]:
-    if patient.unreadable:
-        error = patient.unreadable
-        detail = f"unknown: can't {error.action}: {error.why}"
+    if error := patient.unreadable:
+        # Who lacks the capability was told so above, and has not found anything wrong.
+        able = CAP_NET_ADMIN in capabilities()
         remedy = error.hint
-        if CAP_NET_ADMIN not in capabilities():
-            able = "as root" if os.geteuid() else f"with {CAPABILITY_NAMES[CAP_NET_ADMIN]}"
-            remedy = f"run doctor {able}"
-        yield Check("rules", Verdict.WARN, detail, remedy)
+        if not able:
+            who = "as root" if os.geteuid() else f"with {CAPABILITY_NAMES[CAP_NET_ADMIN]}"
+            remedy = f"run doctor {who}"
+        verdict = Verdict.FAIL if able else Verdict.WARN
+        yield Check("rules", verdict, f"can't {error.action}: {error.why}", remedy)
     elif not patient.wants_state and not patient.installed:
         yield Check("rules", Verdict.OK, "none, and none are needed: nothing is intercepted")
     elif not patient.installed:

@@ -168,7 +168,7 @@ def resolve(host: str, port: int) -> set[Endpoint]:
 
 
 def _can_try(patient: Patient) -> bool:
-    return (patient.installed or bool(patient.unreadable)) and CAP_NET_RAW in capabilities()
+    return (patient.installed or patient.unreadable is not None) and CAP_NET_RAW in capabilities()
 
 
 # Trying -------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ and then is not believed.
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 
 from tproxyd import peer
@@ -101,7 +100,3 @@ def words(pid: int) -> str:
     except OSError:
         line = ""
     return f"tproxyd (process {pid}{': ' if line else ''}{line[:200]})"
-
-
-def mine() -> str:
-    return words(os.getppid())

@@ -92,12 +92,15 @@ class Facts:
     ipv6: bool
     host_netns: bool  # this is the host's own network namespace
     set_before: frozenset[str] = frozenset()  # those of MARK_SYSCTLS that were not 0 before us
-    sysctls_writable: bool = True  # false where containers get /proc/sys read-only
+    sysctls_writable: bool = True  # or set; false where containers get /proc/sys read-only
     lo_up: bool = True
     own: frozenset[str] = frozenset()  # the addresses of this host
     ip_tables: tuple[Family, ...] = (4, 6)  # IP versions of the kernel, whether used or not
     legacy_rules: bool = False  # legacy tables have rules
     nft: bool = True  # there is a library or a command for it
+    # What AUTO has come to already, here or in the life of the process that asks.
+    backend: Backend | None = None
+    path: ReturnPath | None = None
 
 
 # What is needed -----------------------------------------------------------------------------------
@@ -163,7 +166,9 @@ def backend(config: Config, facts: Facts) -> BackendChoice:
     chosen = config.rules.backend
     if chosen is not Backend.AUTO:
         return BackendChoice(chosen, f"backend {chosen}: it was asked for")
-    if facts.legacy_rules:
+    if facts.backend is not None:
+        chosen, why = facts.backend, "rules of ours are there"
+    elif facts.legacy_rules:
         chosen, why = Backend.IPTABLES_LEGACY, "the legacy tables have rules here"
     elif facts.nft:
         chosen, why = Backend.NFT, "nftables is there, and no legacy tables are in use"
@@ -184,6 +189,8 @@ def return_path(config: Config, facts: Facts) -> Choice:
     chosen = config.rules.return_path
     if chosen is not ReturnPath.AUTO:
         return Choice(chosen, f"return path {chosen}: the configuration says so")
+    if facts.path is not None:
+        return Choice(facts.path, f"return path {facts.path}: open connections have it")
     if backend(config, facts).backend is not Backend.NFT:
         path, why = ReturnPath.CONNTRACK, "the rules for iptables track connections in any case"
     elif facts.host_netns:
@@ -244,7 +251,7 @@ def desired(config: Config, *, facts: Facts, intercept: bool = True) -> KernelSt
             for family in facts.ip_tables
         )
     return KernelState(
-        sysctls=tuple(Sysctl(name, 1) for name in sysctls),
+        sysctls=tuple(Sysctl(name, OURS) for name in sysctls),
         routes=tuple(routes),
         rules=tuple(
             PolicyRule(family, PRIORITY, config.mark, mask, config.table, protocol)

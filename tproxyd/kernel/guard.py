@@ -14,6 +14,7 @@ from tproxyd.config import Backend, Config
 from tproxyd.errors import KernelError
 from tproxyd.kernel import claim, reconcile
 from tproxyd.kernel.desired import backend
+from tproxyd.kernel.machine import lasting
 from tproxyd.kernel.watch import BUFFER, News, Silent, Watch
 
 _ACTION = "keep the kernel state"
@@ -40,7 +41,7 @@ class Guard:
     def follow(self, config: Config) -> None:
         """Hear what concerns the state of this configuration."""
         try:
-            chosen = backend(config, reconcile.facts()).backend
+            chosen = lasting().backend or backend(config, reconcile.facts()).backend
         except KernelError:  # the state can't be read either, and the next to look will say so
             chosen = Backend.AUTO
         if self._watch is not None:

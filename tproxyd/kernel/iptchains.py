@@ -17,7 +17,8 @@ later, and no match asks for a listener on a port that is not the packet's own.
 ours is returned, and only what we divert is accepted.
 
 **A rule has one of everything**: of several prefixes, interfaces or more ports than a match holds,
-each has a rule of its own.
+each has a rule of its own. What a rule excludes stands in it, a match each, up to EXCLUDED; more of
+them have a chain, and what comes behind the rule has another, to which that one goes on.
 
 The tags are the numbers after the listeners' mark; 16 or 256 or more of them, as the mark is long.
 With the kernel's `iptables-legacy` nothing differs. Pure.
@@ -74,6 +75,9 @@ from tproxyd.kernel.firewall import (
 from tproxyd.kernel.iptlang import ordered, port_sets
 from tproxyd.kernel.selectors import selection
 
+# iptables-restore takes 255 words a line (iptables/xshared.h, MAX_ARGC), and each of these is five.
+EXCLUDED = 32
+
 PREFIX = "TPROXYD_"
 _PREROUTING, _PASSING, _OUTPUT, _DIVERT = (
     f"{PREFIX}{name}" for name in ("PREROUTING", "PASSING", "OUTPUT", "DIVERT")
@@ -111,7 +115,8 @@ def chains(
     wanted = [chain for chain in mangle if chain.rules]
     wanted += [replace(chain, table=Table.NAT) for chain in nat if chain.rules]
     wanted = [_called(chain) for chain in wanted if chain.name in _CALLED] + wanted
-    return lowered(wanted, family)
+    fitting = itertools.chain.from_iterable(_fitting(each, family) for each in wanted)
+    return lowered(fitting, family)
 
 
 _CALLED = {_PREROUTING: "PREROUTING", _OUTPUT: "OUTPUT"}
@@ -271,6 +276,50 @@ def _rules(rule: Rule, family: Family) -> Iterator[Rule]:
     for matches in itertools.product(*choices):
         kept = [match for match in matches if match is not None]
         yield Rule(ordered(kept), action, rule.comment)
+
+
+def _fitting(chain: Chain, family: Family, number: int = 1) -> Iterator[Chain]:
+    """The same in several chains where one of its rules excludes more than a line can hold.
+
+    With nothing but gotos: whatever the action is, RETURN too, it does what it did in one chain.
+    """
+    rules = [rule for rule in chain.rules if isinstance(rule, Rule)]
+    rules = [rule for rule in rules if any(_rules(rule, family))]  # of this IP version
+    for at, rule in enumerate(rules):
+        excluded = [match for match in rule.matches if _excluded(match, family)]
+        if sum(_excluded(match, family) for match in excluded) <= EXCLUDED:
+            continue
+        name, _, _ = chain.name.partition("-")
+        behind = replace(chain, name=f"{name}-{number}", hook=None, rules=tuple(rules[at + 1 :]))
+        onward = Goto(behind.name) if behind.rules else Verdict.RETURN
+        passes = [Rule((_positive(match),), onward, "excluded") for match in excluded]
+        through = Chain(f"{behind.name}X", None, (*passes, Rule((), rule.action)), chain.table)
+        needs = tuple(match for match in rule.matches if match not in excluded)
+        to_it = Rule(needs, Goto(through.name), rule.comment)
+        yield replace(chain, rules=(*rules[:at], to_it, Rule((), onward)))
+        yield through
+        if behind.rules:
+            yield from _fitting(behind, family, number + 1)
+        return
+    yield chain
+
+
+def _excluded(match: Match, family: Family) -> int:
+    """How many matches it takes to say what is excluded; 0 where that is nothing."""
+    match match:
+        case DestinationIn(of, prefixes, True):
+            return len(prefixes.networks) if of == family else 0
+        case PortIn(ranges, True):
+            return len(port_sets(ranges))
+        case MadeBy(_, ranges, True):
+            return len(ranges)
+        case _:
+            return 0
+
+
+def _positive(match: Match) -> Match:
+    assert isinstance(match, DestinationIn | PortIn | MadeBy)
+    return replace(match, negate=False)
 
 
 def _choices(match: Match, family: Family) -> list[Match | None]:

@@ -78,7 +78,10 @@ class Listing:
 
     def is_our_rule(self, table: Table, chain: str, line: str) -> bool:
         """Of a chain of the kernel's."""
-        tokens = shlex.split(line)
+        try:
+            tokens = shlex.split(line)
+        except ValueError:  # iptables-save does not quote every name: --name it's
+            return False
         pairs = list(itertools.pairwise(tokens))
         if ("--comment", OWNER) in pairs:
             return True

@@ -338,7 +338,17 @@ def _mend(entry: Foreign, option: str) -> None:
 
 
 def _line(rule: Foreign) -> str:
-    """A rule of the library's as iptables-save writes one."""
+    """A rule of the library's as iptables-save writes one; "" where it can't tell itself.
+
+    A name of xt_recent with a quote in it is a ValueError there. None of ours has one.
+    """
+    try:
+        return shlex.join(_words(rule))
+    except ValueError:
+        return ""
+
+
+def _words(rule: Foreign) -> list[str]:
     words: list[str] = []
     for option, name in _FIELDS.items():
         value = getattr(rule, name)
@@ -356,7 +366,7 @@ def _line(rule: Foreign) -> str:
     if target := rule.target:
         standard = target.standard_target if target.name in ("", "standard") else target.name
         words += ["-g" if target.goto else "-j", standard, *_parameters(target)]
-    return shlex.join(words)
+    return words
 
 
 def _parameters(of: Foreign) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from tproxyd.config import Backend
+from tproxyd.config import Backend, ReturnPath
 from tproxyd.errors import KernelError
 from tproxyd.kernel import nslock, routewriter, xtables
 from tproxyd.kernel.desired import Facts
@@ -44,6 +44,8 @@ class Machine:
         self._nft = nft or Nft()
         self._adopt = adopt
         self._routing = Routing(writer)
+        self.backend: Backend | None = None  # settled
+        self._path: ReturnPath | None = None
 
     @functools.cached_property
     def _backends(self) -> dict[Backend, Iptables | Legacy]:
@@ -62,12 +64,22 @@ class Machine:
         with _locked(), contextlib.closing(self._routing):
             yield
 
-    def own(self, how: Own) -> None:
-        """Of nft's table, for as long as this Machine is there."""
-        self._nft.own(how)
+    def own(self, how: Own) -> bool:
+        """Of nft's table, for as long as this Machine is there. Whether that is a change."""
+        return self._nft.own(how)
+
+    def settle(self, backend: Backend, path: ReturnPath) -> None:
+        """What AUTO has come to, for as long as this Machine is there."""
+        self.backend, self._path = backend, path
 
     def facts(self) -> Facts:
-        return replace(self._routing.facts(), legacy_rules=xtables.has_rules(), nft=self._has_nft())
+        return replace(
+            self._routing.facts(),
+            legacy_rules=xtables.has_rules(),
+            nft=self._has_nft(),
+            backend=self.backend,
+            path=self._path,
+        )
 
     def _has_nft(self) -> bool:
         try:

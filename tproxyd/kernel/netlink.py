@@ -40,6 +40,7 @@ _SRC, _MARK, _LOOKUP_TABLE = 2, 16, 0x1000  # RTA_SRC, RTA_MARK, RTM_F_LOOKUP_TA
 DST, OIF, GATEWAY, PRIORITY, TABLE = 1, 4, 5, 6, 15
 ROUTE_CACHEINFO, ROUTE_PREF = 12, 20
 RULE_MARK, RULE_SUPPRESS_PREFIXLEN, RULE_MASK, RULE_PROTOCOL = 10, 14, 16, 21
+RULE_GOTO, RULE_FLOW, RULE_PAD, RULE_L3MDEV = 4, 11, 18, 19
 
 _MESSAGE = struct.Struct("=IHHII")  # nlmsghdr: length, kind, flags, sequence, port
 _ITEM = struct.Struct("=8BI")  # rtmsg, fib_rule_hdr
@@ -98,18 +99,16 @@ class Netlink:
         """The IPv6 addresses of an interface: address, length of its prefix, protocol number."""
         found = []
         request = _ADDRESS.pack(socket.AF_INET6, 0, 0, 0, index)
-        for body in self._ask(RTM_GETADDR, _DUMP, request):
+        for body in self.dump(RTM_GETADDR, request):
             family, length, _, _, _ = _ADDRESS.unpack_from(body)
             values = attributes(body, _ADDRESS.size)
             protocol = values.get(_IFA_PROTO, b"\0")[0]
             found.append((socket.inet_ntop(family, values[_IFA_ADDRESS]), length, protocol))
         return found
 
-    def list(
-        self, kind: int, family: int, *, protocol: int = 0, table: int = 0, action: int = 0
-    ) -> list[Item]:
-        """RTM_GETROUTE, of one protocol number, table or action; or RTM_GETRULE."""
-        request = _ITEM.pack(family, 0, 0, 0, 0, protocol, 0, action, 0)
+    def list(self, kind: int, family: int, *, table: int = 0, action: int = 0) -> list[Item]:
+        """RTM_GETROUTE, of one table or action; or RTM_GETRULE."""
+        request = _ITEM.pack(family, 0, 0, 0, 0, 0, 0, action, 0)
         if table:
             request += _ATTRIBUTE.pack(8, TABLE) + _NUMBER.pack(table)
         return [item(body) for body in self.dump(kind, request)]

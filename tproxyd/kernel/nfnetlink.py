@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import struct
@@ -20,14 +21,18 @@ from tproxyd.kernel.nftlang import TABLE
 
 # linux/netfilter/nfnetlink.h, nf_tables.h, netlink.h
 _SUBSYSTEM = 10 << 8  # NFNL_SUBSYS_NFTABLES
-NEWTABLE, _GETTABLE, DELTABLE = 0, 1, 2
+NEWTABLE, _GETTABLE, DELTABLE, _GETCHAIN = 0, 1, 2, 4
 _BATCH_BEGIN, _BATCH_END = 16, 17
 _TABLE_NAME, _TABLE_FLAGS, _TABLE_USE, _TABLE_OWNER = 1, 2, 3, 7
+_CHAIN_NAME = 3
 PERSIST, OWNER, _DORMANT = 4, 2, 1
 _NETLINK_NETFILTER = 12
 INET = 1
 _REQUEST, _ACK, _DUMP = 1, 4, 0x300
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
+_DUMP_INTERRUPTED = 0x10
+_ATTEMPTS = 10
+_BUFFER = 32768  # as much as the kernel fills (netlink_recvmsg)
 _MESSAGE, _FAMILY = struct.Struct("=IHHII"), struct.Struct("=BB")
 _TIMEOUT_S = 5.0  # the kernel answers at once
 
@@ -53,6 +58,10 @@ class Described(NamedTuple):
         return bool(self.flags & _DORMANT)
 
 
+def _text(value: bytes) -> str:
+    return value.rstrip(b"\0").decode()
+
+
 def _described(values: dict[int, bytes]) -> Described:
     numbers = (values.get(kind, b"") for kind in (_TABLE_FLAGS, _TABLE_OWNER, _TABLE_USE))
     return Described(*(int.from_bytes(number, "big") for number in numbers))
@@ -75,20 +84,44 @@ class Wire:
 
     def tables(self, family: int) -> dict[str, Described]:
         """Of one family, by name: NFPROTO_*."""
-        kind = _SUBSYSTEM | _GETTABLE
-        self._send(_message(kind, _REQUEST | _DUMP, self._next(), family, 0, b""))
-        found: dict[str, Described] = {}
+        each = [netlink.attributes(body, 4) for body in self._dump(_GETTABLE, family)]
+        return {_text(values[_TABLE_NAME]): _described(values) for values in each}
+
+    def chains(self, family: int, begin: tuple[str, ...]) -> list[str]:
+        """The names of the chains of one family, of those that begin so.
+
+        kube-proxy has ten thousand others: those are not taken apart.
+        """
+        signs = tuple(map(str.encode, begin))
+        bodies = [
+            body for body in self._dump(_GETCHAIN, family) if any(sign in body for sign in signs)
+        ]
+        names = [_text(netlink.attributes(body, 4)[_CHAIN_NAME]) for body in bodies]
+        return [name for name in names if name.startswith(begin)]
+
+    def _dump(self, kind: int, family: int) -> list[bytes]:
+        """What there is of one family; with gaps, since it changed meanwhile, it is asked again."""
+        for _ in range(_ATTEMPTS):
+            found = self._dumped(kind, family)
+            if found is not None:
+                return found
+        raise _unheard(OSError(errno.EAGAIN, "it changed under every attempt to read it"))
+
+    def _dumped(self, kind: int, family: int) -> list[bytes] | None:
+        self._send(_message(_SUBSYSTEM | kind, _REQUEST | _DUMP, self._next(), family, 0, b""))
+        found: list[bytes] = []
+        gaps = 0
         while True:
-            for kind, _, sequence, body in netlink.messages(self._receive()):
+            for kind, flags, sequence, body in netlink.messages(self._receive()):
                 if sequence != self._sequence:
                     continue
+                gaps |= flags & _DUMP_INTERRUPTED
                 if kind in (_NLMSG_ERROR, _NLMSG_DONE):
                     if code := -struct.unpack_from("=i", body)[0]:
                         raise _unheard(OSError(code, os.strerror(code)))
-                    return found
-                if body[0] == family:  # a table of another one, where there is none of this
-                    values = netlink.attributes(body, 4)
-                    found[values[_TABLE_NAME].rstrip(b"\0").decode()] = _described(values)
+                    return None if gaps else found
+                if body[0] == family:  # those of another one, where there is none of this
+                    found.append(body)
 
     def look(self) -> Described | None:
         body = netlink.attribute(_TABLE_NAME, f"{TABLE}\0".encode())
@@ -117,7 +150,7 @@ class Wire:
 
     def _receive(self) -> bytes:
         try:
-            return self._socket.recv(8192)
+            return self._socket.recv(_BUFFER)
         except OSError as error:
             raise _unheard(error) from error
 
@@ -141,7 +174,7 @@ class Wire:
 
 
 def _unheard(error: OSError) -> KernelError:
-    return KernelError(f"own the nft table inet {TABLE}", error.strerror or str(error), "try again")
+    return KernelError("talk to nf_tables", error.strerror or str(error), "try again")
 
 
 def _message(
@@ -156,3 +189,9 @@ def tables(family: int) -> dict[str, Described]:
     """Those of one family, by name."""
     with contextlib.closing(Wire()) as wire:
         return wire.tables(family)
+
+
+def chains(family: int, begin: tuple[str, ...]) -> list[str]:
+    """Wire.chains."""
+    with contextlib.closing(Wire()) as wire:
+        return wire.chains(family, begin)

@@ -60,8 +60,12 @@ class Nft:
         self._tool: _Tool | None = None
         self._owner: Owner | None = None
 
-    def own(self, how: Own) -> None:
-        """From now on the table is written as our own; with Own.NOT it is given up, and stands."""
+    def own(self, how: Own) -> bool:
+        """From now on the table is written as our own; with Own.NOT it is given up, and stands.
+
+        Whether that is a change.
+        """
+        changed = how is not (self._owner.how if self._owner else Own.NOT)
         if self._owner is not None and self._owner.how is not how:
             self._owner.release()
             self._owner = None
@@ -73,6 +77,7 @@ class Nft:
                 why = f"{tool} ends with each command, and its ownership with it"
                 raise KernelError(action, why, _INSTALL + ', or set guard = "none"')
             self._owner = Owner(tool.context(), how, self._only_chains)
+        return changed
 
     def probe(self) -> str:
         """Which tool will be used; KernelError where there is none."""
@@ -141,7 +146,14 @@ class Nft:
         return found + [(each["table"], each["name"]) for each in chains if each["family"] == ip]
 
     def tables(self, ip: str) -> list[str]:
-        return [*self._of(ip, f"list the nft tables of {ip}")]
+        """Of family `ip` or `ip6`; as `chains`, it takes neither library nor command."""
+        _may_talk(f"list the nft tables of {ip}")
+        return [*self._tables(_FAMILIES[ip])]
+
+    def chains(self, ip: str, begin: tuple[str, ...]) -> list[str]:
+        """The names, of those that begin so, of chains of family `ip` or `ip6`."""
+        _may_talk(f"list the nft chains of {ip}")
+        return nfnetlink.chains(_FAMILIES[ip], begin)
 
     def _of(self, ip: str, action: str) -> dict[str, Described]:
         """The tables of a family."""

@@ -24,6 +24,7 @@ from typing import Protocol
 from tproxyd.config import Backend, Config, ReturnPath, Rules
 from tproxyd.errors import KernelError
 from tproxyd.istio.options import IstioOptions
+from tproxyd.kernel.clashes import Clash
 from tproxyd.kernel.desired import (
     PRIORITY,
     BackendChoice,
@@ -40,7 +41,7 @@ from tproxyd.kernel.machine import Machine
 from tproxyd.kernel.nftlang import render
 from tproxyd.kernel.ownership import ownership
 from tproxyd.kernel.routing import Routing
-from tproxyd.kernel.state import EMPTY, Change, KernelState, Stage, Tables, diff, made_by
+from tproxyd.kernel.state import EMPTY, Change, KernelState, Stage, Tables, diff, holder, made_by
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,17 +94,30 @@ def _install(
     config: Config, intercept: bool, world: World, *, keeper: Machine | None = None
 ) -> Report:
     with world.lock():
-        facts = world.facts()
+        have = _read(world)
+        facts = _facts(world, have)
         said = notes(config, facts)
         if keeper is not None:
             own, more = ownership(config, facts)
-            keeper.own(own)
+            if keeper.own(own):
+                have = _read(world)  # a table that is not our own is not as it should be
             said = (*said, *more)
         want = desired(config, facts=facts, intercept=intercept)
         if want.routes and not facts.lo_up:
             why = "lo is down, and answers come home through it"
             raise KernelError("install the kernel state", why, "ip link set lo up")
-        return _reconcile(want, world, said, _chosen(config, facts))
+        report = _reconcile(have, want, world, said, _chosen(config, facts))
+        if keeper is not None:
+            keeper.settle(backend(config, facts).backend, return_path(config, facts).path)
+        return report
+
+
+def _facts(world: World, have: KernelState) -> Facts:
+    """AUTO stays with what there is: rules that others make later must not move ours, and with them
+    the way home of open connections.
+    """
+    facts = world.facts()
+    return replace(facts, backend=facts.backend or holder(have))
 
 
 def _chosen(config: Config, facts: Facts) -> ReturnPath | None:
@@ -119,8 +133,8 @@ def check(config: Config, *, intercept: bool = True, world: World | None = None)
     """Read only: `differs` is what `install` would change."""
     world = world or Machine()
     with world.lock():
-        facts = world.facts()
         have = _read(world)
+        facts = _facts(world, have)
     said, chosen = notes(config, facts), _chosen(config, facts)
     want = desired(config, facts=facts, intercept=intercept)
     differs = tuple(map(str, diff(have, want)))
@@ -166,13 +180,14 @@ def install_istio(
     """Make the state that istio-iptables is told to make, in the place of what it may have made."""
     world = world or Machine(adopt=options.mark)
     with world.lock():
-        facts = world.facts()
+        have = _read(world)
+        facts = _facts(world, have)
         chosen = _asked(asked, facts)
         if not facts.lo_up:
             why = "lo is down, and answers come home through it"
             raise KernelError("install the kernel state", why, "ip link set lo up")
         want = desired_istio(options, chosen.backend)
-        return _reconcile(want, world, (chosen.why,), make_room=make_room)
+        return _reconcile(have, want, world, (chosen.why,), make_room=make_room)
 
 
 def check_istio(
@@ -181,8 +196,8 @@ def check_istio(
     """Read only: `differs` is what install_istio would change."""
     world = world or Machine(adopt=options.mark)
     with world.lock():
-        chosen = _asked(asked, world.facts())
         have = _read(world)
+        chosen = _asked(asked, _facts(world, have))
     differs = diff(have, desired_istio(options, chosen.backend))
     return Report((), tuple(map(str, differs)), (chosen.why,), (), have != EMPTY)
 
@@ -218,11 +233,11 @@ def facts() -> Facts:
     """What this machine is, as far as the state depends on it."""
     machine = Machine()
     with machine.lock():
-        return machine.facts()
+        return _facts(machine, _read(machine, []))
 
 
-def clashes(config: Config) -> tuple[str, ...]:
-    """What other programs have where we want to be, in sentences."""
+def clashes(config: Config) -> tuple[Clash, ...]:
+    """What other programs have where we want to be."""
     routing = Routing()
     with contextlib.closing(routing):
         return routing.clashes(config.mark, config.table, PRIORITY)
@@ -230,20 +245,24 @@ def clashes(config: Config) -> tuple[str, ...]:
 
 def reconcile(want: KernelState, world: World) -> Report:
     """Make the kernel hold exactly `want` of ours; KernelError when it does not in the end."""
+    errors: list[KernelError] = []
     with world.lock():
-        return _reconcile(want, world)
+        # Install must not write over what it cannot read; clean cleans what can be read.
+        have = _read(world, errors if want == EMPTY else None)
+        return _reconcile(have, want, world, errors=errors)
 
 
 def _reconcile(
+    have: KernelState,
     want: KernelState,
     world: World,
     said: tuple[str, ...] = (),
     chosen: ReturnPath | None = None,
+    *,
     make_room: MakeRoom | None = None,
+    errors: Sequence[KernelError] = (),
 ) -> Report:
-    errors: list[KernelError] = []
-    # Install must not write over what it cannot read; clean cleans what can be read.
-    have = _read(world, errors if want == EMPTY else None)
+    errors = [*errors]
     changes = diff(have, want)
     changed = [] if make_room is None else [*make_room()]
     wrong: list[str] = []

@@ -6,8 +6,8 @@ the way to EMPTY.
 
 Whose is it? The nft table `inet tproxyd` is ours by its name. In the tables of iptables, chains are
 by theirs, and rules in the kernel's own chains by a comment (iptsave.py). A state that was read has
-what any backend holds, a wish at most one: what another has left is removed. Rules and routes are
-ours by their routing protocol number (rtm_protocol, FRA_PROTOCOL: a byte that the kernel only
+what any backend holds, a wish at most one: what another has left is removed. Rules and local routes
+are ours by their routing protocol number (rtm_protocol, FRA_PROTOCOL: a byte that the kernel only
 stores), so that they are found whatever table, mark or priority the configuration of their day gave
 them.
 
@@ -21,9 +21,13 @@ that was 0 before us and is to be put back to 0,
     137   … and net.ipv6.fwmark_reflect was 0      (140: all three were)
 
 and all our rules and routes carry the same one, so any survivor can tell. A sysctl that was set
-before we came has no bit and stays set. A state that was *read* therefore contains a sysctl only
-while some survivor has its bit. The memory is written before the sysctl and dropped after it (see
-Stage), so a crash between any two steps loses nothing. Pure.
+before we came has no bit and stays set. The memory is written before the sysctl and dropped after
+it (see Stage), so a crash between any two steps loses nothing.
+
+All rules and routes may go at once: systemd-networkd, restarted, removes what it does not know. So
+the sysctls, of which the kernel only asks whether they are 0, are not set to 1 but to 133, and tell
+by themselves whose they are; a kernel that takes only 1 has the numbers. A state that was *read*
+therefore contains a sysctl only while it is 133 or some survivor has its bit. Pure.
 """
 
 from __future__ import annotations
@@ -40,7 +44,8 @@ FWMARK_ACCEPT = "net.ipv4.tcp_fwmark_accept"
 REFLECT_V4, REFLECT_V6 = "net.ipv4.fwmark_reflect", "net.ipv6.fwmark_reflect"
 MARK_SYSCTLS = (FWMARK_ACCEPT, REFLECT_V4, REFLECT_V6)
 
-# 133 as our routing table; none of these is in iproute2's list (/etc/iproute2/rt_protos).
+# 133 as our routing table, and as the value of our sysctls. None of these is in iproute2's list
+# (/etc/iproute2/rt_protos).
 OURS = 133
 NUMBERS = range(OURS, OURS + (1 << len(MARK_SYSCTLS)))
 
@@ -212,6 +217,13 @@ class KernelState:
 
 
 EMPTY = KernelState()
+
+
+def holder(state: KernelState) -> Backend | None:
+    """Who has rules of ours, if anybody."""
+    if state.firewall:
+        return Backend.NFT
+    return state.iptables[0].backend if state.iptables else None
 
 
 # The way from one state to another ----------------------------------------------------------------

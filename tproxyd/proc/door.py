@@ -18,13 +18,13 @@ import errno
 import logging
 import socket
 from collections.abc import Callable, Collection, Iterable
+from enum import Enum
 
 from tproxyd.errors import CloseReason
 from tproxyd.flow import listen
 from tproxyd.flow.connect import NO_FILES
 from tproxyd.flow.connection import Lane, World, serve
 from tproxyd.flow.engine import Engine
-from tproxyd.linux import waiting_clients
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,14 @@ _RETRY_ACCEPT_S = 0.1
 _STAND_BACK_S = 0.2
 
 Later = Callable[[float, Callable[[], None]], asyncio.TimerHandle]
+
+
+class Queue(Enum):
+    """What is left to accept."""
+
+    EMPTY = "empty"
+    MORE = "more"  # or so it seems
+    NO_ROOM = "no room"  # for what there may be
 
 
 class Door:
@@ -122,27 +130,27 @@ class Doors:
                 door.watched = False
                 self.engine.unlisten(door.sock)
 
-    def accept(self, door: Door, count: int) -> bool:
-        """Take up to so many waiting connections; whether there may be more that can be taken."""
+    def accept(self, door: Door, count: int) -> Queue:
+        """Take up to so many waiting connections."""
         for _ in range(count):
             if self.active >= self._capacity:
                 self._pause()
-                return False
+                return Queue.NO_ROOM
             try:
                 downstream, peer = listen.accept(door.sock)
             except BlockingIOError:
-                return False
+                return Queue.EMPTY
             except OSError as error:
                 if error.errno == errno.EINVAL:
                     self._shut_down(door)
-                    return False
+                    return Queue.EMPTY
                 if error.errno not in NO_FILES:
                     continue  # that one connection failed before it was ours (accept(2))
                 self._pause()
                 self._later(_RETRY_ACCEPT_S, self.resume)
-                return False
+                return Queue.NO_ROOM
             self.engine.start(serve(downstream, peer, door.lane, self._world))
-        return True
+        return Queue.MORE
 
     def _shut_down(self, door: Door) -> None:
         """Its socket listens no more. Somebody did that from outside (`ss -K`): it is ours."""
@@ -192,9 +200,9 @@ class Doors:
             return
         self._emptying = True
         for door in tuple(self._left or ()):
-            while self.accept(door, BATCH):
+            while (left := self.accept(door, BATCH)) is Queue.MORE:
                 pass
-            if not waiting_clients(door.sock):
+            if left is Queue.EMPTY:
                 self._close(door)
         self._emptying = False
 

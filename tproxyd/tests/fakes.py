@@ -95,9 +95,7 @@ class FakeKernel:
         held = self.remembers
         return KernelState(
             sysctls=tuple(
-                Sysctl(name, value)
-                for name, value in self.sysctls.items()
-                if value and name in held
+                Sysctl(name, OURS) for name, value in self.sysctls.items() if value and name in held
             ),
             routes=tuple(filter(is_ours, self.routes)),
             rules=tuple(filter(is_ours, self.rules)),
@@ -156,12 +154,10 @@ class FakeKernel:
 
     @property
     def remembers(self) -> frozenset[str]:
-        """The sysctls of which some item says that they were 0 before us."""
-        return frozenset(
-            name
-            for item in (*self.routes, *self.rules)
-            for name in remembered(getattr(item, "protocol", None))
-        )
+        """The sysctls of which they themselves or some item says that they were 0 before us."""
+        items = (*self.routes, *self.rules)
+        told = (name for item in items for name in remembered(getattr(item, "protocol", None)))
+        return frozenset((*told, *(n for n, value in self.sysctls.items() if value == OURS)))
 
     def _write(self, name: str, value: int) -> None:
         assert name in self.remembers, f"{name} is written, nothing would remember it\n{self}"

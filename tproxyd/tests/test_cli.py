@@ -161,6 +161,7 @@ def test_install_says_what_it_changed(
         return report
 
     monkeypatch.setattr(reconcile, "install", make)
+    monkeypatch.setattr(cli, "_unserved", lambda _: [])  # other tests have daemons of their own
     assert tproxyd("install", "-c", toml("table = 7")) == (0, said, "")
     assert installed == [Config(table=7)]
 

@@ -297,6 +297,34 @@ def test_a_storm_is_a_look_now_and_then(here: Path, monkeypatch: pytest.MonkeyPa
     assert 2 <= looks < 100
 
 
+@pytest.mark.parametrize("cost", [0.001, 0.2])
+def test_however_dear_a_look_is_a_storm_takes_its_share(
+    here: Path, cost: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a router with a million routes, or among ten thousand chains."""
+    spent = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: 1000.0)
+    monkeypatch.setattr("time.process_time", lambda: spent)
+
+    def dear(_: Config) -> Kernel:
+        def kernel(_: Verb) -> Report:
+            nonlocal spent
+            spent += cost
+            return Report(installed=True)
+
+        return kernel
+
+    ours, theirs = socket.socketpair()
+    bell = Bell(here)
+    with ours, theirs, bell.file:
+        kept = keeper.Keeper(theirs, Config(), Means(dear, lambda: bell))
+        kept.take_up(Verb.INSTALL)
+        kept._act()
+        ring(here)
+        kept._hear()
+        assert kept._look_at == pytest.approx(1000.0 + max(keeper.GAP_S, keeper.SHARE * cost))
+
+
 def test_a_failure_is_told_once_tried_again_and_healed(here: Path) -> None:
     with guarded(here) as daemon:
         daemon.wait_ready()

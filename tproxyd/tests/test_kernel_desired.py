@@ -52,9 +52,9 @@ def test_the_default_in_a_pod() -> None:
         """
         ip -4 route add local default dev lo table 133 proto 140
         ip -6 route add local default dev lo table 133 proto 140
-        sysctl -w net.ipv4.tcp_fwmark_accept=1
-        sysctl -w net.ipv4.fwmark_reflect=1
-        sysctl -w net.ipv6.fwmark_reflect=1
+        sysctl -w net.ipv4.tcp_fwmark_accept=133
+        sysctl -w net.ipv4.fwmark_reflect=133
+        sysctl -w net.ipv6.fwmark_reflect=133
         ip -4 rule add priority 1337 fwmark 0x539/0xfff lookup 133 protocol 140
         ip -6 rule add priority 1337 fwmark 0x539/0xfff lookup 133 protocol 140
         chain prerouting at prerouting:
@@ -101,8 +101,8 @@ def test_without_ipv6() -> None:
     assert bare(desired(Config(), facts=facts)) == inspect.cleandoc(
         """
         ip -4 route add local default dev lo table 133 proto 136
-        sysctl -w net.ipv4.tcp_fwmark_accept=1
-        sysctl -w net.ipv4.fwmark_reflect=1
+        sysctl -w net.ipv4.tcp_fwmark_accept=133
+        sysctl -w net.ipv4.fwmark_reflect=133
         ip -4 rule add priority 1337 fwmark 0x539/0xfff lookup 133 protocol 136
         chain prerouting at prerouting:
             in through lo, mark 0x539/0xfff, SYN, meets a transparent socket → drop

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import get_args
 
 import pytest
 
 from tproxyd.addr import PrefixSet, parse_prefix
-from tproxyd.config import Backend, Config, Intercept, Listener, Rules, Scope, SourceKind, Via
+from tproxyd.config import (
+    Backend,
+    Config,
+    Intercept,
+    Listener,
+    Rules,
+    Scope,
+    SourceKind,
+    Via,
+)
 from tproxyd.errors import KernelError
 from tproxyd.kernel import firewall
-from tproxyd.kernel.desired import Facts, backend, desired, notes
+from tproxyd.kernel.desired import Facts, desired
 from tproxyd.kernel.firewall import (
     FULL_MASK,
     Chain,
@@ -51,9 +61,7 @@ from tproxyd.kernel.iptchains import lowered
 from tproxyd.kernel.iptlang import ordered, words
 from tproxyd.kernel.iptread import parse
 from tproxyd.kernel.iptsave import Listing, ours, read_save, render, script, strangers
-from tproxyd.kernel.reconcile import check, clean, install
 from tproxyd.kernel.state import KernelState, Tables, diff
-from tproxyd.tests.fakes import FakeKernel
 
 FACTS = Facts(ipv6=True, host_netns=True)
 IPTABLES = [Backend.IPTABLES_NFT, Backend.IPTABLES_LEGACY]
@@ -318,6 +326,14 @@ def test_a_jump_to_us_without_a_comment_is_drift(line: str) -> None:
     assert Chain("PREROUTING", Hook.PREROUTING, (drift,)) in tables.chains
 
 
+def test_a_line_that_is_no_words_is_not_ours() -> None:
+    """iptables-save quotes no name of xt_recent: -m recent --set --name it's."""
+    line = "-m recent --set --name it's --mask 255.255.255.255 --rsource"
+    listings = read_save(f"*mangle\n:PREROUTING ACCEPT [0:0]\n-A PREROUTING {line}\nCOMMIT\n")
+    assert ours(listings, Backend.IPTABLES_NFT, 4) is None
+    assert line not in script(listings, HELD.chains, 4)
+
+
 def test_the_script_from_one_state_to_another() -> None:
     want = lowered(
         [
@@ -474,52 +490,49 @@ def test_redirect_is_in_nat() -> None:
     assert "*mangle" not in text
 
 
+@pytest.mark.parametrize("backend", IPTABLES)
+def test_much_that_is_excluded_has_chains_of_its_own(backend: Backend) -> None:
+    """iptables-restore takes 255 words a line; what comes behind the rule still does."""
+    hosts = prefixes(*(f"10.0.{number}.1" for number in range(100)), "fd00::/8")
+    uids = tuple(range(1000, 1400, 2))
+    listeners = (
+        Listener("a", port=1, intercept=Intercept(ports=((80, 89),), exclude_destinations=hosts)),
+        Listener("b", port=2, intercept=Intercept(exclude_ports=(), via=Via.REDIRECT)),
+        Listener("c", port=3, intercept=Intercept(Scope.OUTBOUND, Via.REDIRECT, exclude_uids=uids)),
+    )
+    wish = desired(config(backend, *listeners), facts=FACTS)
+    text = render(wish.iptables)
+    assert max(len(line.split()) for line in text.splitlines() if line[:1] == "-") < 200
+    four, six = (
+        {(each.table, each.name): each.rules for each in tables.chains if isinstance(each, Chain)}
+        for tables in wish.iptables
+    )
+    assert list(map(str, four[Table.MANGLE, "TPROXYD_PREROUTING"][-2:])) == [
+        "to port 80-89 → goto TPROXYD_PREROUTING-1X",
+        "anything → goto TPROXYD_PREROUTING-1",
+    ]
+    through = list(map(str, four[Table.MANGLE, "TPROXYD_PREROUTING-1X"]))
+    assert through[0].endswith("10.0.0.1/32 → goto TPROXYD_PREROUTING-1")
+    assert (len(through), through[-1]) == (102, "anything → goto TPROXYD_1")  # ports too
+    behind = list(map(str, four[Table.MANGLE, "TPROXYD_PREROUTING-1"]))
+    assert behind == ["anything → return"]  # to nat, as listener b's
+    assert (Table.MANGLE, "TPROXYD_PREROUTING-1") not in six
+    made_here = list(map(str, six[Table.NAT, "TPROXYD_OUTPUT-1X"]))
+    assert (len(made_here), made_here[1]) == (202, "made by uid 1000 → return")  # ports too
+    assert (Table.NAT, "TPROXYD_OUTPUT-1") not in six
+    for tables in wish.iptables:
+        for chain in tables.chains:
+            assert isinstance(chain, Chain)
+            for each in chain.rules:
+                assert isinstance(each, Rule)
+                assert parse(words(each, tables.family), tables.family) == replace(each, comment="")
+
+
 def test_a_drain_takes_nothing_new() -> None:
     wish = desired(config(Backend.IPTABLES_NFT), facts=FACTS, intercept=False)
     text = render(wish.iptables)
     assert "TPROXY " not in text
     assert "-A TPROXYD_OUTPUT -m connmark --mark 0x539/0xfff" in text
-
-
-# Which backend ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("legacy_rules", "nft", "chosen", "why"),
-    [
-        (True, True, Backend.IPTABLES_LEGACY, "the legacy tables have rules here"),
-        (False, True, Backend.NFT, "nftables is there"),
-        (False, False, Backend.IPTABLES_NFT, "there is no nft"),
-    ],
-)
-def test_auto(legacy_rules: bool, nft: bool, chosen: Backend, why: str) -> None:
-    facts = Facts(ipv6=True, host_netns=True, legacy_rules=legacy_rules, nft=nft)
-    choice = backend(Config(), facts)
-    assert choice.backend is chosen
-    assert f"backend {chosen}: {why}" in choice.why
-    assert (choice.why in notes(Config(), facts)) == (chosen is not Backend.NFT)
-    asked = backend(config(Backend.NFT), facts)
-    assert asked == (Backend.NFT, "backend nft: it was asked for")
-
-
-@pytest.mark.parametrize("one", list(Backend)[1:])
-@pytest.mark.parametrize("other", list(Backend)[1:])
-def test_from_one_backend_to_another(one: Backend, other: Backend) -> None:
-    kernel = FakeKernel()
-    before = str(kernel)
-    install(config(one), world=kernel)
-    assert install(config(one), world=kernel).changed == ()
-    report = install(config(other), world=kernel)
-    writes = [change for change in report.changed if "firewall" in change]
-    if one is not other:  # what is new stands before what is old goes
-        verbs = [change.split()[0] for change in writes]
-        assert verbs == sorted(verbs)
-        assert set(verbs) == {"add", "remove"}
-    assert (kernel.firewall != ()) == (other is Backend.NFT)
-    assert {tables.backend for tables in kernel.tables.values()} <= {other}
-    assert check(config(other), world=kernel).differs == ()
-    clean(world=kernel)
-    assert str(kernel) == before
 
 
 def test_tables_in_a_change() -> None:

@@ -84,10 +84,10 @@ def test_a_rule() -> None:
 def test_a_list_over_several_reads(asked: Netlink) -> None:
     route, rule = message(24, ROUTE), message(24, RULE)
     fake = answer(asked, route + rule, route, done())
-    found = asked.list(RTM_GETROUTE, socket.AF_INET, protocol=140)
+    found = asked.list(RTM_GETROUTE, socket.AF_INET, action=2)
     assert [item.raw for item in found] == [ROUTE, RULE, ROUTE]
     (sent,) = fake.sent
-    assert sent == message(RTM_GETROUTE, b"\2\0\0\0\0\x8c" + bytes(6), flags=0x301)
+    assert sent == message(RTM_GETROUTE, b"\2\0\0\0\0\0\0\2" + bytes(4), flags=0x301)
 
 
 def test_messages_are_aligned() -> None:
@@ -108,6 +108,14 @@ def test_a_list_with_gaps_is_asked_for_again(asked: Netlink) -> None:
     fake = answer(asked, gaps, whole)
     assert len(asked.list(RTM_GETRULE, socket.AF_INET6)) == 2
     assert len(fake.sent) == 2
+
+
+def test_addresses_with_gaps_are_asked_for_again(asked: Netlink) -> None:
+    here = struct.pack("=4BI", socket.AF_INET6, 128, 0, 0, 1)
+    here += netlink.attribute(1, socket.inet_pton(socket.AF_INET6, "::6"))
+    gaps = message(20, here, flags=INTERRUPTED) + done()
+    answer(asked, gaps, message(20, here, number=2) + done(number=2))
+    assert asked.addresses(1) == [("::6", 128, 0)]
 
 
 def test_gaps_every_time(asked: Netlink) -> None:

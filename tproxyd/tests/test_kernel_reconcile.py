@@ -55,7 +55,7 @@ def test_clean_leaves_nothing_and_gives_the_sysctls_back() -> None:
     kernel = FakeKernel()
     before = state_of(kernel)
     install(CONFIG, world=kernel)
-    assert set(kernel.sysctls.values()) == {1}
+    assert set(kernel.sysctls.values()) == {133}
     report = clean(world=kernel)
     assert state_of(kernel) == before
     assert (report.installed, report.differs, report.return_path) == (False, (), None)
@@ -68,8 +68,27 @@ def test_a_sysctl_that_was_set_before_us_stays(values: tuple[int, int, int]) -> 
     before = state_of(kernel)
     report = install(CONFIG, world=kernel)
     assert [change for change in report.changed if change.startswith("set")] == [
-        f"set {name}=1" for name, value in zip(MARK_SYSCTLS, values, strict=True) if not value
+        f"set {name}=133" for name, value in zip(MARK_SYSCTLS, values, strict=True) if not value
     ]
+    clean(world=kernel)
+    assert state_of(kernel) == before
+
+
+@pytest.mark.parametrize("values", [*itertools.product((0, 1), repeat=3)], ids=str)
+@pytest.mark.parametrize("healed", [False, True])
+def test_the_sysctls_are_remembered_where_every_rule_and_route_is_lost(
+    values: tuple[int, int, int], healed: bool
+) -> None:
+    """systemd-networkd removes at its start what it does not know."""
+    kernel = FakeKernel(sysctls=values)
+    before = state_of(kernel)
+    install(CONFIG, world=kernel)
+    installed = state_of(kernel)
+    kernel.routes.clear()
+    kernel.rules.clear()
+    if healed:
+        install(CONFIG, world=kernel)
+        assert state_of(kernel) == installed
     clean(world=kernel)
     assert state_of(kernel) == before
 
@@ -355,7 +374,7 @@ def test_rules_is_a_script_with_the_commands_as_comments() -> None:
     assert all(line.startswith("# ") for line in head.splitlines())
     assert "# ip -6 rule add priority 1337 fwmark 0x539/0xfff lookup 133 protocol 140\n" in text
     for name in MARK_SYSCTLS:
-        assert f"# sysctl -w {name}=1\n" in text
+        assert f"# sysctl -w {name}=133\n" in text
     assert script.startswith("add table inet tproxyd\ndelete table inet tproxyd\n")
 
 
@@ -372,4 +391,4 @@ def test_a_sysctl_that_somebody_else_put_back_is_set_again(name: str) -> None:
     kernel = FakeKernel()
     install(CONFIG, world=kernel)
     kernel.sysctls[name] = 0
-    assert install(CONFIG, world=kernel).changed == (f"set {Sysctl(name, 1)}",)
+    assert install(CONFIG, world=kernel).changed == (f"set {Sysctl(name, OURS)}",)

@@ -38,7 +38,7 @@ from tproxyd.kernel.state import (
     render,
 )
 
-ON = Sysctl(FWMARK_ACCEPT, 1)
+ON = Sysctl(FWMARK_ACCEPT, OURS)
 OURS_AND_SYSCTL = number_for([FWMARK_ACCEPT])
 CHAIN = Chain("prerouting", Hook.PREROUTING, (Rule((InInterface(("lo",)),), Verdict.ACCEPT),))
 
@@ -124,7 +124,7 @@ def held(state: KernelState) -> frozenset[str]:
 
 def whole(protocol: int, table: int) -> KernelState:
     return KernelState(
-        tuple(Sysctl(name, 1) for name in MARK_SYSCTLS if name in remembered(protocol)),
+        tuple(Sysctl(name, OURS) for name in MARK_SYSCTLS if name in remembered(protocol)),
         (Route(4, table, protocol), Route(6, table, protocol)),
         (PolicyRule(4, 1337, 0x539, 0xFFF, table, protocol),),
         (CHAIN,),
@@ -219,9 +219,9 @@ def test_changes_in_words() -> None:
     assert texts == [
         "add ip -4 route local default dev lo table 133 proto 140",
         "add ip -6 route local default dev lo table 133 proto 140",
-        "set net.ipv4.tcp_fwmark_accept=1",
-        "set net.ipv4.fwmark_reflect=1",
-        "set net.ipv6.fwmark_reflect=1",
+        "set net.ipv4.tcp_fwmark_accept=133",
+        "set net.ipv4.fwmark_reflect=133",
+        "set net.ipv6.fwmark_reflect=133",
         "add ip -4 rule priority 1337 fwmark 0x539/0xfff lookup 133 protocol 140",
         "add the firewall rules (nft table inet tproxyd)",
     ]
