@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal, assert_never
+from typing import Literal
 
 from tproxyd.addr import PrefixSet
 
@@ -19,6 +19,11 @@ Family = Literal[4, 6]
 PortRanges = tuple[tuple[int, int], ...]
 
 FULL_MASK = 0xFFFF_FFFF
+
+
+def ranges_text(ranges: PortRanges) -> str:
+    """ "80, 8000-8100"."""
+    return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in ranges)
 
 
 # What a packet must be ----------------------------------------------------------------------------
@@ -280,10 +285,6 @@ class Rule:
     action: Action
     comment: str = field(default="", compare=False)
 
-    def __str__(self) -> str:
-        what = ", ".join(map(match_text, self.matches)) or "anything"
-        return f"{what} → {action_text(self.action)}"
-
 
 class Hook(StrEnum):
     """Where a base chain is called: at priority mangle, behind conntrack and before nat; as nat; or
@@ -317,83 +318,3 @@ class Chain:
 
 
 Firewall = tuple[Chain | Unknown, ...]
-
-
-# In words -----------------------------------------------------------------------------------------
-
-
-def match_text(match: Match) -> str:
-    """A match in words."""
-    match match:
-        case InInterface(names):
-            return f"in through {' or '.join(names)}"
-        case OutInterface(name):
-            return f"out through {name}"
-        case IpVersion(family):
-            return f"IPv{family}"
-        case Tcp():
-            return "TCP"
-        case NotTcp():
-            return "not TCP"
-        case Icmp():
-            return "ICMP"
-        case SourceIn(prefixes=prefixes):
-            return f"from {' or '.join(map(str, prefixes.networks))}"
-        case DestinationIn(prefixes=prefixes, negate=negate):
-            where = (" nor " if negate else " or ").join(map(str, prefixes.networks))
-            return f"{'not ' if negate else ''}to {where}"
-        case PortIn(ranges, negate):
-            return f"{'not ' if negate else ''}to port {ranges_text(ranges)}"
-        case UdpPort(end, ports):
-            return f"UDP {'from' if end == 'source' else 'to'} port {ranges_text((ports,))}"
-        case ForUs(negate):
-            return f"{'not ' if negate else ''}to an address of this host"
-        case Syn(negate):
-            return "not a SYN" if negate else "SYN"
-        case MadeBy(owner, ranges, negate):
-            return f"{'not ' if negate else ''}made by {owner} {ranges_text(ranges)}"
-        case PacketMark(value, mask, negate):
-            return f"{'not ' if negate else ''}mark {value:#x}/{mask:#x}"
-        case ConnMark(value, mask):
-            return f"connection mark {value:#x}/{mask:#x}"
-        case Tracked(states):
-            return f"of an {' or '.join(states)} connection"
-        case MeetsTransparentSocket():
-            return "meets a transparent socket"
-        case _:
-            assert_never(match)
-
-
-def action_text(action: Action) -> str:
-    """An action in words."""
-    match action:
-        case Verdict():
-            return str(action)
-        case Goto(chain):
-            return f"goto {chain}"
-        case Jump(chain):
-            return f"jump {chain}"
-        case Tproxy(family, port, mark):
-            marked = "" if mark is None else f", {action_text(mark)}"
-            return f"tproxy IPv{family} to port {port}{marked} and accept, if a socket is there"
-        case Divert(mark):
-            return f"{action_text(mark)} and accept"
-        case Redirect(port):
-            return f"redirect to port {port}"
-        case SetPacketMark(value, mask):
-            return f"set mark {value:#x}/{mask:#x}"
-        case SetConnMark(value, mask):
-            return f"set connection mark {value:#x}/{mask:#x}"
-        case SaveMark():
-            return "the connection gets the packet's mark"
-        case RestoreMark():
-            return "the packet gets the connection's mark"
-        case SetZone(zone):
-            return f"track in zone {zone}"
-        case _:
-            assert_never(action)
-
-
-def ranges_text(ranges: PortRanges) -> str:
-    """ "80, 8000-8100"."""
-    return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in ranges)

@@ -72,6 +72,7 @@ PURE = {
     "kernel.nftlang",
     "kernel.ownership",
     "kernel.selectors",
+    "kernel.words",
     "proc.pace",
     "proc.figures",
     "proc.picture",

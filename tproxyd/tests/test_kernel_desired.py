@@ -23,6 +23,7 @@ from tproxyd.kernel.state import (
     KernelState,
     render,
 )
+from tproxyd.kernel.words import rule_text
 
 POD = Facts(ipv6=True, host_netns=False)
 HOST = Facts(ipv6=True, host_netns=True)
@@ -44,7 +45,7 @@ def selectors(text: str) -> list[str]:
     state = desired(config(text), facts=POD)
     chain = state.firewall[0]
     assert isinstance(chain, Chain)
-    return [str(r) for r in chain.rules if isinstance(r, Rule) and isinstance(r.action, Goto)]
+    return [rule_text(r) for r in chain.rules if isinstance(r, Rule) and isinstance(r.action, Goto)]
 
 
 def test_the_default_in_a_pod() -> None:

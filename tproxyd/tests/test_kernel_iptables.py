@@ -53,6 +53,7 @@ from tproxyd.kernel.iptread import parse
 from tproxyd.kernel.iptsave import Listing, ours, read_save, render, script, strangers
 from tproxyd.kernel.reconcile import check, clean, install
 from tproxyd.kernel.state import KernelState, Tables, diff
+from tproxyd.kernel.words import rule_text
 from tproxyd.tests.fakes import FakeKernel
 
 FACTS = Facts(ipv6=True, host_netns=True)
@@ -461,7 +462,7 @@ def test_an_ip_version_that_we_do_not_serve_is_dropped_not_let_by() -> None:
     facts = Facts(ipv6=False, host_netns=True)
     four, six = desired(config(Backend.IPTABLES_NFT), facts=facts).iptables
     (take,) = (each for each in six.chains if isinstance(each, Chain) and "15006" in each.name)
-    assert [str(each) for each in take.rules] == ["anything → drop"]
+    assert [rule_text(each) for each in take.rules] == ["anything → drop"]
     gone = Facts(ipv6=False, host_netns=True, ip_tables=(4,))
     assert desired(config(Backend.IPTABLES_NFT), facts=gone).iptables == (four,)
 

@@ -12,6 +12,7 @@ from tproxyd.kernel.desired import Facts, desired, dials_here, holds_elsewhere, 
 from tproxyd.kernel.firewall import Chain, Rule
 from tproxyd.kernel.reconcile import install
 from tproxyd.kernel.state import EMPTY, KernelState, Route, render
+from tproxyd.kernel.words import rule_text
 from tproxyd.tests.fakes import FakeKernel
 
 POD = Facts(ipv6=True, host_netns=False, own=frozenset(("127.0.0.1", "::1", "10.0.0.1", "fd00::1")))
@@ -49,7 +50,7 @@ def bare(state: KernelState) -> str:
 def chain(state: KernelState, name: str) -> list[str]:
     """The rules of a chain; [] where there is none."""
     found = (each for each in state.firewall if isinstance(each, Chain) and each.name == name)
-    return [str(rule) for each in found for rule in each.rules]
+    return [rule_text(rule) for each in found for rule in each.rules]
 
 
 def wish(text: str, facts: Facts = POD, *, intercept: bool = True) -> KernelState:
