@@ -128,6 +128,19 @@ def test_a_router(net: Topology, family: Family) -> None:
         assert_talks(pair)
 
 
+def test_connections_to_the_port_of_our_listener(net: Topology, family: Family) -> None:
+    """Of another host: forwarded like any other, older or not selected. That we listen on every
+    address does not make their packets ours.
+    """
+    other = server(net, family, OURS)
+    old = through(net, family, other, OURS)
+    listener = listen(net, family, OURS)
+    net.pod.inside(install, ROUTER)
+    assert_talks(old)
+    assert_talks(through(net, family, other, OURS))
+    Taken(net, family, listener, server(net, family)).assert_talks()
+
+
 def test_what_is_for_the_router_itself_is_its_own(net: Topology, family: Family) -> None:
     net.pod.inside(install, ROUTER)
     assert_talks(net.pair(family))
@@ -302,6 +315,21 @@ def test_a_path_with_a_smaller_mtu(net: Topology, family: Family, far: Namespace
     upstream = dial_as(net, family, (family.client, 40_000), (host, PORT))
     app = accept(net, listener)
     upstream.sendall(bytes(20_000))
+    assert receive(app, 20_000) == bytes(20_000)
+
+
+def test_a_smaller_mtu_for_a_client_at_the_port_of_our_listener(
+    net: Topology, family: Family, far: Namespace
+) -> None:
+    """What is told to a client about a connection that is forwarded is for the client to hear."""
+    host = FAR[family.name][1]
+    far_listener = net.keep(far.listen(host, OTHER_PORT))
+    listen(net, family, OURS)
+    net.pod.inside(install, ROUTER)
+    client = net.keep(net.client.connect(host, OTHER_PORT, source_port=OURS))
+    app = accept(net, far_listener)
+    assert app.getpeername() == client.getsockname()
+    client.sendall(bytes(20_000))
     assert receive(app, 20_000) == bytes(20_000)
 
 

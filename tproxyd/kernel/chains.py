@@ -1,11 +1,13 @@
 """The packet rules for a Config, in the order in which a packet meets them, each with its reason.
 
-Five chains may be called by the kernel or by another, the rest are one for each listener:
+Seven chains may be called by the kernel or by another, the rest are one for each listener:
 
     prerouting      what comes in, before it is routed: our own packets on lo, the bypasses, then
                     the listeners for this host's addresses
     passing         what is not for an address of this host: packets of connections that we hold,
                     and the listeners of a router
+    home            what meets a transparent socket there
+    collided        our SYN to an application that meets one
     output          the answers of applications, where connection tracking brings them home
     nat_prerouting  first packets of what comes in, for listeners that nat redirects
     nat_output      first packets of what is made here
@@ -51,7 +53,9 @@ from tproxyd.kernel.firewall import (
     Icmp,
     InInterface,
     IpVersion,
+    Jump,
     MeetsTransparentSocket,
+    MeetsWildcardListener,
     NotTcp,
     PacketMark,
     Redirect,
@@ -90,7 +94,9 @@ def firewall(
     forward = with_scope(config, Scope.FORWARD) if intercept else []
     chains = [
         Chain("prerouting", Hook.PREROUTING, _prerouting(config, mark, local, path, home)),
-        Chain("passing", None, _passing(mark, forward) if home else ()),
+        Chain("collided", None, COLLIDED if path is not None else ()),
+        Chain("passing", None, _passing(forward) if home else ()),
+        Chain("home", None, _home(mark) if home else ()),
         Chain("output", Hook.OUTPUT, (recall(mark),) if path is ReturnPath.CONNTRACK else ()),
         *(_take(each, families, None) for each in local if each.intercept.via is Via.TPROXY),
         *(_take(each, families, mark) for each in forward),
@@ -121,7 +127,7 @@ def _prerouting(
     path: ReturnPath | None,
     home: bool,
 ) -> tuple[Rule, ...]:
-    rules = on_lo(config, mark, path)
+    rules = on_lo(config, mark, path, Jump("collided"))
     takes = [*ordinary(config), *own] if (own := selections(local, Via.TPROXY)) else []
     if local and path is ReturnPath.CONNTRACK:
         taken = Rule(
@@ -136,7 +142,7 @@ def _prerouting(
         return rules
     icmp = Rule(
         (Icmp(), ForUs(negate=True), MeetsTransparentSocket()),
-        Divert(mark),
+        Goto("home"),
         "an ICMP error about a connection that we hold in somebody's name is for us. Without it,"
         " that somebody gets it: a path with a smaller MTU stalls, a host that cannot be reached is"
         " a timeout",
@@ -161,19 +167,21 @@ def _prerouting(
     )
 
 
-def on_lo(config: Config, mark: SetPacketMark, path: ReturnPath | None) -> tuple[Rule, ...]:
-    """Our own connections, to the application."""
+def on_lo(
+    config: Config, mark: SetPacketMark, path: ReturnPath | None, collided: Action
+) -> tuple[Rule, ...]:
+    """Our own connections, to the application; `collided` drops a SYN that meets another."""
     if path is None:
         return ()
     ours = (InInterface(("lo",)), PacketMark(mark.value, mark.mask))
     rules = [
         Rule(
             (*ours, Syn(), MeetsTransparentSocket()),
-            Verdict.DROP,
+            collided,
             "our SYN to the application meets a living connection of the same client. Delivered, it"
             " is answered there, our connect stalls, and with conntrack it has given that"
             " connection our mark. Dropped, it is missed at once by our dialler, which takes"
-            " another port. (The application's own listener is not transparent.)",
+            " another port",
         )
     ]
     if any(each.intercept.via is Via.REDIRECT for each in with_scope(config, Scope.LOCAL)):
@@ -192,13 +200,35 @@ def on_lo(config: Config, mark: SetPacketMark, path: ReturnPath | None) -> tuple
     return tuple(rules)
 
 
-def _passing(mark: SetPacketMark, forward: list[Listener]) -> tuple[Rule, ...]:
+COLLIDED = (
+    Rule(
+        (MeetsWildcardListener(),),
+        Verdict.RETURN,
+        "no connection: the application listens with IP_TRANSPARENT itself, and our SYN is for it",
+    ),
+    Rule((), Verdict.DROP, "a connection of the client as whom we dial"),
+)
+
+
+def _home(mark: SetPacketMark) -> tuple[Rule, ...]:
+    return (
+        Rule(
+            (MeetsWildcardListener(),),
+            Verdict.ACCEPT,
+            "of no connection: it is for a port of another host at which somebody listens on this"
+            " one, as we do. Without it, this host would answer with a reset",
+        ),
+        Rule((), Divert(mark), "routed to this host by the mark"),
+    )
+
+
+def _passing(forward: list[Listener]) -> tuple[Rule, ...]:
     home = Rule(
         (Syn(negate=True), MeetsTransparentSocket()),
-        Divert(mark),
-        "to somebody's address, but of a connection that we hold in that name: routed here by the"
-        " mark. Without it, it goes to that somebody, who resets the connection. Never a SYN: it"
-        " may meet what is left of an older connection, and only tproxy tells the two apart",
+        Goto("home"),
+        "to somebody's address, but of a connection that we hold in that name. Without it, it goes"
+        " to that somebody, who resets the connection. Never a SYN: it may meet what is left of an"
+        " older connection, and only tproxy tells the two apart",
     )
     takes = [
         rule

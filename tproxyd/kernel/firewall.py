@@ -143,9 +143,19 @@ ESTABLISHED = Tracked(("established",))
 
 @dataclass(frozen=True, slots=True)
 class MeetsTransparentSocket:
-    """A socket with IP_TRANSPARENT has, or listens on, exactly this packet's addresses.
+    """A socket with IP_TRANSPARENT has this packet's addresses, or listens at its destination.
 
-    Or those of the packet that an ICMP error is about.
+    Or has those of the packet that an ICMP error is about. nft's looks at what listens on every
+    address as well, which iptables' does not: see MeetsWildcardListener.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class MeetsWildcardListener:
+    """No connection has this packet's addresses, and a socket listens on its port, everywhere.
+
+    Negated it would not tell the same from the rest: it fails too at what is no full socket yet, or
+    no more (a handshake without its last ACK, TIME_WAIT).
     """
 
 
@@ -167,6 +177,7 @@ Match = (
     | ConnMark
     | Tracked
     | MeetsTransparentSocket
+    | MeetsWildcardListener
 )
 
 

@@ -155,7 +155,7 @@ def _prerouting(
     path: ReturnPath | None,
     home: bool,
 ) -> tuple[Rule, ...]:
-    rules = on_lo(config, mark, path)
+    rules = on_lo(config, mark, path, Verdict.DROP)
     takes: list[Rule] = []
     if local:
         takes = [*_tagged(local, tags), OLDER]

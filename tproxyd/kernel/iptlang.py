@@ -25,6 +25,7 @@ from tproxyd.kernel.firewall import (
     MadeBy,
     Match,
     MeetsTransparentSocket,
+    MeetsWildcardListener,
     NotTcp,
     OutInterface,
     PacketMark,
@@ -117,6 +118,8 @@ def words(rule: Rule, family: Family) -> str:
                 more.add("-m conntrack --ctstate", ",".join(states).upper())
             case MeetsTransparentSocket():
                 more.add("-m socket", "--transparent")
+            case MeetsWildcardListener():
+                raise ValueError("what listens on every address is never met here")
             case IpVersion():
                 raise ValueError("a rule is of one IP version here")
             case _:

@@ -31,6 +31,7 @@ from tproxyd.kernel.firewall import (
     MadeBy,
     Match,
     MeetsTransparentSocket,
+    MeetsWildcardListener,
     NotTcp,
     OutInterface,
     PacketMark,
@@ -180,6 +181,8 @@ def _parse_match(op: str, left: object, right: object) -> Match:
             return Tracked(tuple(sorted(map(_text, _flags(right)))))
         case {"socket": {"key": "transparent"}}, "==", 1:
             return MeetsTransparentSocket()
+        case {"socket": {"key": "wildcard"}}, "==", 1:
+            return MeetsWildcardListener()
     raise ValueError(left)
 
 

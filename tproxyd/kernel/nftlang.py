@@ -26,6 +26,7 @@ from tproxyd.kernel.firewall import (
     MadeBy,
     Match,
     MeetsTransparentSocket,
+    MeetsWildcardListener,
     NotTcp,
     OutInterface,
     PacketMark,
@@ -171,6 +172,8 @@ def _match(match: Match) -> str:
             return f"ct state {','.join(states)}"
         case MeetsTransparentSocket():
             return "socket transparent 1"
+        case MeetsWildcardListener():
+            return "socket wildcard 1"
         case _:
             assert_never(match)
 

@@ -19,6 +19,7 @@ from tproxyd.kernel.firewall import (
     MadeBy,
     Match,
     MeetsTransparentSocket,
+    MeetsWildcardListener,
     NotTcp,
     OutInterface,
     PacketMark,
@@ -102,6 +103,8 @@ def match_text(match: Match) -> str:
             return f"of an {' or '.join(states)} connection"
         case MeetsTransparentSocket():
             return "meets a transparent socket"
+        case MeetsWildcardListener():
+            return "meets a listener on every address"
         case _:
             assert_never(match)
 

@@ -59,11 +59,14 @@ def test_the_default_in_a_pod() -> None:
         ip -4 rule add priority 1337 fwmark 0x539/0xfff lookup 133 protocol 140
         ip -6 rule add priority 1337 fwmark 0x539/0xfff lookup 133 protocol 140
         chain prerouting at prerouting:
-            in through lo, mark 0x539/0xfff, SYN, meets a transparent socket → drop
+            in through lo, mark 0x539/0xfff, SYN, meets a transparent socket → jump collided
             in through lo → accept
             not TCP → accept
             not to an address of this host → accept
             not to port 15020-15021, 15090 → goto take_inbound
+        chain collided:
+            meets a listener on every address → return
+            anything → drop
         chain take_inbound:
             IPv4 → tproxy IPv4 to port 15006 and accept, if a socket is there
             IPv6 → tproxy IPv6 to port 15006 and accept, if a socket is there
@@ -80,13 +83,16 @@ def test_conntrack_on_a_host() -> None:
         ip -4 rule add priority 1337 fwmark 0x539/0xfff lookup 133 protocol 133
         ip -6 rule add priority 1337 fwmark 0x539/0xfff lookup 133 protocol 133
         chain prerouting at prerouting:
-            in through lo, mark 0x539/0xfff, SYN, meets a transparent socket → drop
+            in through lo, mark 0x539/0xfff, SYN, meets a transparent socket → jump collided
             in through lo, mark 0x539/0xfff → set connection mark 0x539/0xfff
             in through lo → accept
             not TCP → accept
             not to an address of this host → accept
             connection mark 0x539/0xfff, SYN → drop
             not to port 15020-15021, 15090 → goto take_inbound
+        chain collided:
+            meets a listener on every address → return
+            anything → drop
         chain output at output:
             connection mark 0x539/0xfff → set mark 0x539/0xfff
         chain take_inbound:
@@ -106,11 +112,14 @@ def test_without_ipv6() -> None:
         sysctl -w net.ipv4.fwmark_reflect=1
         ip -4 rule add priority 1337 fwmark 0x539/0xfff lookup 133 protocol 136
         chain prerouting at prerouting:
-            in through lo, mark 0x539/0xfff, SYN, meets a transparent socket → drop
+            in through lo, mark 0x539/0xfff, SYN, meets a transparent socket → jump collided
             in through lo → accept
             not TCP → accept
             not to an address of this host → accept
             not to port 15020-15021, 15090 → goto take_inbound
+        chain collided:
+            meets a listener on every address → return
+            anything → drop
         chain take_inbound:
             IPv4 → tproxy IPv4 to port 15006 and accept, if a socket is there
             SYN → reject with tcp reset
@@ -130,7 +139,7 @@ def test_a_drain_keeps_everything_that_brings_answers_home(facts: Facts) -> None
         whole.rules,
     )
     text = bare(drain)
-    assert "meets a transparent socket → drop" in text
+    assert "meets a transparent socket → jump collided" in text
     assert ("connection mark" in text) == (facts is HOST)
     assert "goto" not in text
     assert "tproxy IPv4" not in text
@@ -208,7 +217,7 @@ def test_listeners_in_their_order_with_names_that_clash_with_nothing() -> None:
     ]
     state = desired(config(text), facts=HOST)
     names = [chain.name for chain in state.firewall if isinstance(chain, Chain)]
-    assert names == ["prerouting", "output", "take_output", "take_prerouting"]
+    assert names == ["prerouting", "collided", "output", "take_output", "take_prerouting"]
     assert "IPv4 → tproxy IPv4 to port 1002" in bare(state)
 
 

@@ -75,18 +75,21 @@ def test_a_router() -> None:
         ip -6 rule add priority 1337 fwmark 0x539/0xfff lookup 133 protocol 133
         chain prerouting at prerouting:
             in through lo → accept
-            ICMP, not to an address of this host, meets a transparent socket → set mark 0x539/0xfff and accept
+            ICMP, not to an address of this host, meets a transparent socket → goto home
             not TCP → accept
             not to an address of this host → goto passing
         chain passing:
-            not a SYN, meets a transparent socket → set mark 0x539/0xfff and accept
+            not a SYN, meets a transparent socket → goto home
             not a SYN → accept
             in through eth0, to port 80 → goto take_router
+        chain home:
+            meets a listener on every address → accept
+            anything → set mark 0x539/0xfff and accept
         chain take_router:
             IPv4 → tproxy IPv4 to port 15001, set mark 0x539/0xfff and accept, if a socket is there
             IPv6 → tproxy IPv6 to port 15001, set mark 0x539/0xfff and accept, if a socket is there
             SYN → reject with tcp reset
-        """  # noqa: E501
+        """
     )
 
 
@@ -97,12 +100,15 @@ HOME = """
     ip -6 rule add priority 1337 fwmark 0x539/0xfff lookup 133 protocol 133
     chain prerouting at prerouting:
         in through lo → accept
-        ICMP, not to an address of this host, meets a transparent socket → set mark 0x539/0xfff and accept
+        ICMP, not to an address of this host, meets a transparent socket → goto home
         not TCP → accept
         not to an address of this host → goto passing
     chain passing:
-        not a SYN, meets a transparent socket → set mark 0x539/0xfff and accept
-    """  # noqa: E501
+        not a SYN, meets a transparent socket → goto home
+    chain home:
+        meets a listener on every address → accept
+        anything → set mark 0x539/0xfff and accept
+    """
 
 
 def test_answers_of_remote_backends() -> None:
@@ -138,9 +144,12 @@ def test_redirect_in_the_clients_name(facts: Facts) -> None:
     """Both guards: by the socket, and by what connection tracking makes of our SYN."""
     state = wish(REDIRECT % "client", facts)
     assert {route.slot for route in state.routes} == {(4, 133, "default"), (6, 133, "default")}
-    guards = ["meets a transparent socket", "of an established connection"]
+    guards = [
+        "meets a transparent socket → jump collided",
+        "of an established connection → drop",
+    ]
     assert chain(state, "prerouting")[:2] == [
-        f"in through lo, mark 0x539/0xfff, SYN, {guard} → drop" for guard in guards
+        f"in through lo, mark 0x539/0xfff, SYN, {guard}" for guard in guards
     ]
     taken = "connection mark 0x539/0xfff, SYN → drop"
     assert (taken in chain(state, "prerouting")) == (facts is HOST)
