@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 from lib.netns import Namespace
-from lib.standins import accept, dial_as, listen, transparent
+from lib.standins import accept, af, dial_as, listen, transparent
 from lib.streams import assert_talks, receive, reset
 from lib.topology import PORT, V4, Family, Pair, Topology
 
@@ -316,6 +316,37 @@ def test_a_path_with_a_smaller_mtu(net: Topology, family: Family, far: Namespace
     app = accept(net, listener)
     upstream.sendall(bytes(20_000))
     assert receive(app, 20_000) == bytes(20_000)
+
+
+def test_no_chain_sees_a_fragment(net: Topology, family: Family) -> None:
+    """A datagram, since TCP over IPv6 is hardly ever fragmented."""
+    net.pod.inside(install, GATEWAY)
+    net.pod.nft(
+        "table inet other { chain c { type filter hook prerouting priority mangle; "
+        "ip frag-off & 0x3fff != 0 drop\n exthdr frag exists drop\n }\n }\n"
+    )
+    there = net.keep(net.beyond.open_socket(af(family), socket.SOCK_DGRAM))
+    there.bind((family.beyond, PORT))
+    here = net.keep(net.client.open_socket(af(family), socket.SOCK_DGRAM))
+    here.sendto(bytes(4_000), (family.beyond, PORT))
+    assert there.recv(5_000) == bytes(4_000)
+
+
+@pytest.mark.parametrize("config", [GATEWAY, ROUTER], ids=["gateway", "router in a drain"])
+def test_answers_in_fragments(net: Topology, far: Namespace, config: Config) -> None:
+    """Of a backend that lets routers fragment: all of them are of our connection, not the first.
+
+    Nothing else has the kernel put them together here: no connection tracking, no interception.
+    """
+    host = FAR["v4"][1]
+    far.sysctl("net/ipv4/ip_no_pmtu_disc", 1)
+    net.beyond.ip("link set b0 mtu 600")
+    listener = net.keep(far.listen(host, PORT))
+    net.pod.inside(install, config, intercept=False)
+    upstream = dial_as(net, V4, (V4.client, 40_000), (host, PORT))
+    accept(net, listener).sendall(bytes(20_000))
+    assert receive(upstream, 20_000) == bytes(20_000)
+    assert net.beyond.netstat("FragCreates")
 
 
 def test_a_smaller_mtu_for_a_client_at_the_port_of_our_listener(

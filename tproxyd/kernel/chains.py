@@ -1,12 +1,14 @@
 """The packet rules for a Config, in the order in which a packet meets them, each with its reason.
 
-Seven chains may be called by the kernel or by another, the rest are one for each listener:
+Seven chains may be called by the kernel or by another, one never is, and the rest are one for each
+listener:
 
     prerouting      what comes in, before it is routed: our own packets on lo, the bypasses, then
                     the listeners for this host's addresses
     passing         what is not for an address of this host: packets of connections that we hold,
                     and the listeners of a router
     home            what meets a transparent socket there
+    defrag          nothing: its being there is what counts
     collided        our SYN to an application that meets one
     output          the answers of applications, where connection tracking brings them home
     nat_prerouting  first packets of what comes in, for listeners that nat redirects
@@ -97,6 +99,7 @@ def firewall(
         Chain("collided", None, COLLIDED if path is not None else ()),
         Chain("passing", None, _passing(forward) if home else ()),
         Chain("home", None, _home(mark) if home else ()),
+        Chain("defrag", None, _defrag(families) if home else ()),
         Chain("output", Hook.OUTPUT, (recall(mark),) if path is ReturnPath.CONNTRACK else ()),
         *(_take(each, families, None) for each in local if each.intercept.via is Via.TPROXY),
         *(_take(each, families, mark) for each in forward),
@@ -271,6 +274,22 @@ def recall(mark: SetPacketMark) -> Rule:
         (ConnMark(mark.value, mark.mask),),
         mark,
         "the application's answer gets the mark of its connection and is routed once more, to lo",
+    )
+
+
+_DISCARD = 9  # RFC 863; any port would do
+
+
+def _defrag(families: tuple[Family, ...]) -> tuple[Rule, ...]:
+    return tuple(
+        Rule(
+            (IpVersion(family),),
+            Tproxy(family, _DISCARD),
+            "never called: while there is a tproxy, the kernel puts fragments together before it"
+            " asks any chain. For a socket match it does not: of an answer in fragments that finds"
+            " the socket of the first only, and the rest leave toward somebody",
+        )
+        for family in families
     )
 
 

@@ -85,6 +85,9 @@ def test_a_router() -> None:
         chain home:
             meets a listener on every address → accept
             anything → set mark 0x539/0xfff and accept
+        chain defrag:
+            IPv4 → tproxy IPv4 to port 9 and accept, if a socket is there
+            IPv6 → tproxy IPv6 to port 9 and accept, if a socket is there
         chain take_router:
             IPv4 → tproxy IPv4 to port 15001, set mark 0x539/0xfff and accept, if a socket is there
             IPv6 → tproxy IPv6 to port 15001, set mark 0x539/0xfff and accept, if a socket is there
@@ -108,6 +111,9 @@ HOME = """
     chain home:
         meets a listener on every address → accept
         anything → set mark 0x539/0xfff and accept
+    chain defrag:
+        IPv4 → tproxy IPv4 to port 9 and accept, if a socket is there
+        IPv6 → tproxy IPv6 to port 9 and accept, if a socket is there
     """
 
 
