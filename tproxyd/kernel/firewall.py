@@ -21,6 +21,15 @@ PortRanges = tuple[tuple[int, int], ...]
 FULL_MASK = 0xFFFF_FFFF
 
 
+def mark_mask(mark: int) -> int:
+    """All ones up to the mark's highest hexadecimal digit: 0x539 → 0xfff.
+
+    Others may OR bits above ours into a packet's mark; compared whole, 0x10539 would not be 0x539
+    and its packet would leave toward the client.
+    """
+    return (1 << (mark.bit_length() + 3) // 4 * 4) - 1
+
+
 def ranges_text(ranges: PortRanges) -> str:
     """ "80, 8000-8100"."""
     return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in ranges)
@@ -142,6 +151,11 @@ ESTABLISHED = Tracked(("established",))
 
 
 @dataclass(frozen=True, slots=True)
+class Reply:
+    """On the way back to who has begun the connection, as connection tracking knows it."""
+
+
+@dataclass(frozen=True, slots=True)
 class MeetsTransparentSocket:
     """A socket with IP_TRANSPARENT has this packet's addresses, or listens at its destination.
 
@@ -176,6 +190,7 @@ Match = (
     | PacketMark
     | ConnMark
     | Tracked
+    | Reply
     | MeetsTransparentSocket
     | MeetsWildcardListener
 )
@@ -298,12 +313,13 @@ class Rule:
 
 
 class Hook(StrEnum):
-    """Where a base chain is called: at priority mangle, behind conntrack and before nat; as nat; or
-    raw, before conntrack.
+    """Where a base chain is called: behind nat, with the addresses that it has made; at priority
+    mangle, behind conntrack and before nat; as nat; or raw, before conntrack.
 
     A chain of nat sees the first packet of a connection only.
     """
 
+    BEHIND_NAT = "prerouting behind nat"
     PREROUTING = "prerouting"
     OUTPUT = "output"  # of type route: a changed mark asks the routing tables again
     NAT_PREROUTING = "prerouting of nat"

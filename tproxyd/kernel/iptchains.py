@@ -32,18 +32,7 @@ from dataclasses import replace
 from tproxyd.addr import PrefixSet
 from tproxyd.config import Config, Listener, ReturnPath, Scope, Via
 from tproxyd.errors import KernelError
-from tproxyd.kernel.chains import (
-    LO,
-    OTHER_PROTOCOLS,
-    mark_mask,
-    nat_output,
-    nat_prerouting,
-    on_lo,
-    ordinary,
-    reason,
-    recall,
-    with_scope,
-)
+from tproxyd.kernel.chains import LO, on_lo, recall
 from tproxyd.kernel.firewall import (
     Chain,
     ConnMark,
@@ -70,9 +59,11 @@ from tproxyd.kernel.firewall import (
     Table,
     Tproxy,
     Verdict,
+    mark_mask,
 )
 from tproxyd.kernel.iptlang import ordered, port_sets
-from tproxyd.kernel.selectors import selection
+from tproxyd.kernel.natchains import nat_output, nat_prerouting
+from tproxyd.kernel.selectors import OTHER_PROTOCOLS, ordinary, reason, selection, with_scope
 
 PREFIX = "TPROXYD_"
 _PREROUTING, _PASSING, _OUTPUT, _DIVERT = (

@@ -32,6 +32,7 @@ from tproxyd.kernel.firewall import (
     PortIn,
     PortRanges,
     Redirect,
+    Reply,
     RestoreMark,
     Rule,
     SaveMark,
@@ -118,10 +119,8 @@ def words(rule: Rule, family: Family) -> str:
                 more.add("-m conntrack --ctstate", ",".join(states).upper())
             case MeetsTransparentSocket():
                 more.add("-m socket", "--transparent")
-            case MeetsWildcardListener():
-                raise ValueError("what listens on every address is never met here")
-            case IpVersion():
-                raise ValueError("a rule is of one IP version here")
+            case IpVersion() | MeetsWildcardListener() | Reply():
+                raise ValueError("only rules of nft ask for that")
             case _:
                 assert_never(match)
     head.sort(key=lambda text: "sdio".index(text.lstrip("! -")[0]))

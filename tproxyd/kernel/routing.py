@@ -23,9 +23,8 @@ from collections.abc import Callable
 from tproxyd.addr import fold
 from tproxyd.errors import KernelError
 from tproxyd.kernel import items, netlink, sysctls
-from tproxyd.kernel.chains import mark_mask
 from tproxyd.kernel.desired import Facts
-from tproxyd.kernel.firewall import Family
+from tproxyd.kernel.firewall import Family, mark_mask
 from tproxyd.kernel.netlink import (
     RTM_DELROUTE,
     RTM_DELRULE,

@@ -25,6 +25,7 @@ from tproxyd.kernel.firewall import (
     PacketMark,
     PortIn,
     Redirect,
+    Reply,
     RestoreMark,
     Rule,
     SaveMark,
@@ -101,6 +102,8 @@ def match_text(match: Match) -> str:
             return f"connection mark {value:#x}/{mask:#x}"
         case Tracked(states):
             return f"of an {' or '.join(states)} connection"
+        case Reply():
+            return "an answer"
         case MeetsTransparentSocket():
             return "meets a transparent socket"
         case MeetsWildcardListener():

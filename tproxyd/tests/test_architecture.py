@@ -68,6 +68,7 @@ PURE = {
     "kernel.iptlang",
     "kernel.iptread",
     "kernel.iptsave",
+    "kernel.natchains",
     "kernel.nftjson",
     "kernel.nftlang",
     "kernel.ownership",

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 from tproxyd.config import Config, ReturnPath
 from tproxyd.configfile import parse
-from tproxyd.kernel.chains import mark_mask
 from tproxyd.kernel.desired import Facts, desired, notes, return_path
-from tproxyd.kernel.firewall import Chain, Goto, Rule
+from tproxyd.kernel.firewall import Chain, Goto, Rule, mark_mask
 from tproxyd.kernel.state import (
     EMPTY,
     FWMARK_ACCEPT,
@@ -58,7 +57,7 @@ def test_the_default_in_a_pod() -> None:
         sysctl -w net.ipv6.fwmark_reflect=1
         ip -4 rule add priority 1337 fwmark 0x539/0xfff lookup 133 protocol 140
         ip -6 rule add priority 1337 fwmark 0x539/0xfff lookup 133 protocol 140
-        chain prerouting at prerouting:
+        chain prerouting at prerouting behind nat:
             in through lo, mark 0x539/0xfff, SYN, meets a transparent socket → jump collided
             in through lo → accept
             not TCP → accept
@@ -82,12 +81,13 @@ def test_conntrack_on_a_host() -> None:
         ip -6 route add local default dev lo table 133 proto 133
         ip -4 rule add priority 1337 fwmark 0x539/0xfff lookup 133 protocol 133
         ip -6 rule add priority 1337 fwmark 0x539/0xfff lookup 133 protocol 133
-        chain prerouting at prerouting:
+        chain prerouting at prerouting behind nat:
             in through lo, mark 0x539/0xfff, SYN, meets a transparent socket → jump collided
             in through lo, mark 0x539/0xfff → set connection mark 0x539/0xfff
             in through lo → accept
             not TCP → accept
             not to an address of this host → accept
+            not a SYN, an answer → accept
             connection mark 0x539/0xfff, SYN → drop
             not to port 15020-15021, 15090 → goto take_inbound
         chain collided:
@@ -111,7 +111,7 @@ def test_without_ipv6() -> None:
         sysctl -w net.ipv4.tcp_fwmark_accept=1
         sysctl -w net.ipv4.fwmark_reflect=1
         ip -4 rule add priority 1337 fwmark 0x539/0xfff lookup 133 protocol 136
-        chain prerouting at prerouting:
+        chain prerouting at prerouting behind nat:
             in through lo, mark 0x539/0xfff, SYN, meets a transparent socket → jump collided
             in through lo → accept
             not TCP → accept

@@ -155,7 +155,7 @@ def test_what_is_written_is_read(meant: Rule) -> None:
 def test_the_lines_have_every_form() -> None:
     """All but what only nft can say in one rule."""
     matches = {type(match) for _, meant in SAVED for match in meant.matches}
-    of_nft = {firewall.IpVersion, firewall.MeetsWildcardListener}
+    of_nft = {firewall.IpVersion, firewall.MeetsWildcardListener, firewall.Reply}
     assert matches == set(get_args(firewall.Match)) - of_nft
     actions = {type(meant.action) for _, meant in SAVED}
     assert actions == set(get_args(firewall.Action)) - {firewall.Divert}

@@ -307,6 +307,8 @@ def test_marks_of_32_bits_have_no_mask() -> None:
         [match({"payload": {"protocol": "ip", "field": "saddr"}}, "@trusted"), ACCEPT],
         [match({"payload": {"protocol": "ip", "field": "saddr"}}, "10.0.0.1", "!="), ACCEPT],
         [match({"ct": {"key": "mark", "dir": "original"}}, 1), ACCEPT],
+        [match({"ct": {"key": "direction"}}, "original"), ACCEPT],
+        [match({"ct": {"key": "direction"}}, "reply", "!="), ACCEPT],
         [match({"fib": {"result": "type", "flags": ["saddr"]}}, "local", "!="), ACCEPT],
         [{"reject": {"type": "icmp", "expr": "host-unreachable"}}],
         [{"tproxy": {"family": "ip", "port": 1, "addr": "127.0.0.1"}}, ACCEPT],

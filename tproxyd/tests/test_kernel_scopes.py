@@ -73,7 +73,7 @@ def test_a_router() -> None:
         ip -6 route add local default dev lo table 133 proto 133
         ip -4 rule add priority 1337 fwmark 0x539/0xfff lookup 133 protocol 133
         ip -6 rule add priority 1337 fwmark 0x539/0xfff lookup 133 protocol 133
-        chain prerouting at prerouting:
+        chain prerouting at prerouting behind nat:
             in through lo → accept
             ICMP, not to an address of this host, meets a transparent socket → goto home
             not TCP → accept
@@ -101,7 +101,7 @@ HOME = """
     ip -6 route add local default dev lo table 133 proto 133
     ip -4 rule add priority 1337 fwmark 0x539/0xfff lookup 133 protocol 133
     ip -6 rule add priority 1337 fwmark 0x539/0xfff lookup 133 protocol 133
-    chain prerouting at prerouting:
+    chain prerouting at prerouting behind nat:
         in through lo → accept
         ICMP, not to an address of this host, meets a transparent socket → goto home
         not TCP → accept
@@ -207,7 +207,7 @@ def test_the_first_listener_that_matches_whichever_way_it_takes() -> None:
     intercept = { ports = [1], exclude_ports = [] }
     [[listener]]
     name = "two"
-    port = 2
+    port = 20
     intercept = { ports = [2], exclude_ports = [], via = "redirect" }
     [[listener]]
     name = "three"
@@ -215,15 +215,16 @@ def test_the_first_listener_that_matches_whichever_way_it_takes() -> None:
     intercept = { exclude_ports = [] }
     """
     state = wish(text)
+    # What nat has redirected comes to the listener's own port.
     assert chain(state, "prerouting")[-3:] == [
+        "to port 20 → accept",
         "to port 1 → goto take_one",
-        "to port 2 → accept",
         "anything → goto take_three",
     ]
-    # What listener three takes comes by no redirect any more: no rule for it.
+    # What listener three takes is asked for behind the last redirect: no rule for it.
     assert chain(state, "nat_prerouting")[-2:] == [
         "to port 1 → accept",
-        "to port 2 → redirect to port 2",
+        "to port 2 → redirect to port 20",
     ]
 
 
