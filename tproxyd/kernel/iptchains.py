@@ -1,6 +1,6 @@
 """The lean scheme for iptables: the chains of one IP version.
 
-As in chains.py, with three differences that come from iptables itself.
+As in chains.py, with four differences that come from iptables itself.
 
 **TPROXY drops** a packet whose established socket is not transparent, and one that nobody listens
 for (nft's statement lets the next rule run). So it must never see a connection that is older than
@@ -15,6 +15,10 @@ later, and no match asks for a listener on a port that is not the packet's own.
 
 **ACCEPT** ends the walk through the whole table, other programs' rules included. So what is not
 ours is returned, and only what we divert is accepted.
+
+**Mangle comes before nat**, and no table with TPROXY behind it. So what nat translates as well does
+not work here: answers to what this host masquerades are not found to be ours, and a port that is
+published for another host is taken. (`tproxyd doctor` says so where there are rules of nat.)
 
 **A rule has one of everything**: of several prefixes, interfaces or more ports than a match holds,
 each has a rule of its own.
