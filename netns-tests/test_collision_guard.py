@@ -11,7 +11,7 @@ import socket
 
 import pytest
 from lib.netns import SOCKET_TIMEOUT_S
-from lib.standins import listen, transparent
+from lib.standins import accept, listen, transparent
 from lib.streams import assert_talks
 from lib.topology import PORT, Family, Pair, Topology
 from lib.waits import stays
@@ -67,6 +67,20 @@ def test_a_living_connection_does_not_notice(net: Topology, family: Family, conf
     assert_talks(downstream)
 
 
+def test_an_application_that_listens_transparently(
+    net: Topology, family: Family, config: Config
+) -> None:
+    """Its listener is no connection of the client's: our SYN is for it."""
+    net.pod.inside(install, config)
+    app = listen(net, family, PORT + 1)
+    sock = transparent(net, family, config.mark)
+    sock.bind((family.client, CLIENT_PORT + 1))
+    sock.connect((family.pod, PORT + 1))
+    far = accept(net, app)
+    assert far.getpeername()[:2] == (family.client, CLIENT_PORT + 1)
+    assert_talks(Pair(sock, far))
+
+
 def test_what_the_guard_prevents(net: Topology, family: Family, config: Config) -> None:
     """It fails when a kernel no longer needs the guard: the living connection answers our SYN.
 
@@ -77,7 +91,7 @@ def test_what_the_guard_prevents(net: Topology, family: Family, config: Config) 
     (handle,) = [
         line.rpartition(" ")[2]
         for line in net.pod.run("nft", "-a", "list", "table", "inet", "tproxyd").splitlines()
-        if "socket transparent 1 drop" in line
+        if "socket transparent 1 jump collided" in line
     ]
     net.pod.nft(f"delete rule inet tproxyd prerouting handle {handle}\n")
     downstream = proxied(net, family, config)

@@ -240,6 +240,43 @@ def test_a_sysctl_is_put_back_by_others(net: Topology, name: str) -> None:
         assert complaints(tproxyd(net.pod, "doctor", "--json", config=conntrack)) == {}
 
 
+NAT = {
+    "nft": (
+        "nft add table inet fw",
+        "nft add chain inet fw post { type nat hook postrouting priority srcnat; }",
+        "nft add rule inet fw post oifname p1 masquerade",
+    ),
+    "iptables-nft": ("iptables-nft -t nat -A POSTROUTING -o p1 -j MASQUERADE",),
+    "iptables-legacy": ("iptables-legacy -t nat -A POSTROUTING -o p1 -j MASQUERADE",),
+}
+
+
+@pytest.mark.parametrize("made_by", NAT)
+def test_nat_of_others(net: Topology, made_by: str) -> None:
+    """With iptables it comes behind interception, with nft before; a chain without a rule is none.
+
+    And nowhere does it know a router's connection from the client's own, which has the same port.
+    """
+    forward = 'intercept = { scope = "forward" }\n'
+    router = f'[[listener]]\nname = "router"\nsource = "client-port"\n{forward}'
+    configs = ['[rules]\nbackend = "iptables-nft"\n', '[rules]\nbackend = "nft"\n']
+    configs.append(configs[-1] + router)
+
+    def told() -> list[str]:
+        found = (complaints(tproxyd(net.pod, "doctor", "--json", config=c)) for c in configs)
+        return [each["nat"]["detail"] if "nat" in each else "" for each in found]
+
+    *made, rule = NAT[made_by]
+    for command in made:
+        net.pod.run(*command.split(maxsplit=6))
+    assert told() == ["", "", ""]
+    net.pod.run(*rule.split())
+    behind, nothing, masqueraded = told()
+    assert "behind interception" in behind
+    assert nothing == ""
+    assert "router are not masqueraded" in masqueraded
+
+
 def test_ipv6_is_off(net: Topology) -> None:
     net.pod.sysctl("net/ipv6/conf/all/disable_ipv6", 1)
     with Daemon(net.pod):

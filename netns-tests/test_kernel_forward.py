@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 from lib.netns import Namespace
-from lib.standins import accept, dial_as, listen, transparent
+from lib.standins import accept, af, dial_as, listen, transparent
 from lib.streams import assert_talks, receive, reset
 from lib.topology import PORT, V4, Family, Pair, Topology
 
@@ -126,6 +126,19 @@ def test_a_router(net: Topology, family: Family) -> None:
     net.pod.inside(clean)
     for pair in (old, unselected, direct):
         assert_talks(pair)
+
+
+def test_connections_to_the_port_of_our_listener(net: Topology, family: Family) -> None:
+    """Of another host: forwarded like any other, older or not selected. That we listen on every
+    address does not make their packets ours.
+    """
+    other = server(net, family, OURS)
+    old = through(net, family, other, OURS)
+    listener = listen(net, family, OURS)
+    net.pod.inside(install, ROUTER)
+    assert_talks(old)
+    assert_talks(through(net, family, other, OURS))
+    Taken(net, family, listener, server(net, family)).assert_talks()
 
 
 def test_what_is_for_the_router_itself_is_its_own(net: Topology, family: Family) -> None:
@@ -302,6 +315,52 @@ def test_a_path_with_a_smaller_mtu(net: Topology, family: Family, far: Namespace
     upstream = dial_as(net, family, (family.client, 40_000), (host, PORT))
     app = accept(net, listener)
     upstream.sendall(bytes(20_000))
+    assert receive(app, 20_000) == bytes(20_000)
+
+
+def test_no_chain_sees_a_fragment(net: Topology, family: Family) -> None:
+    """A datagram, since TCP over IPv6 is hardly ever fragmented."""
+    net.pod.inside(install, GATEWAY)
+    net.pod.nft(
+        "table inet other { chain c { type filter hook prerouting priority mangle; "
+        "ip frag-off & 0x3fff != 0 drop\n exthdr frag exists drop\n }\n }\n"
+    )
+    there = net.keep(net.beyond.open_socket(af(family), socket.SOCK_DGRAM))
+    there.bind((family.beyond, PORT))
+    here = net.keep(net.client.open_socket(af(family), socket.SOCK_DGRAM))
+    here.sendto(bytes(4_000), (family.beyond, PORT))
+    assert there.recv(5_000) == bytes(4_000)
+
+
+@pytest.mark.parametrize("config", [GATEWAY, ROUTER], ids=["gateway", "router in a drain"])
+def test_answers_in_fragments(net: Topology, far: Namespace, config: Config) -> None:
+    """Of a backend that lets routers fragment: all of them are of our connection, not the first.
+
+    Nothing else has the kernel put them together here: no connection tracking, no interception.
+    """
+    host = FAR["v4"][1]
+    far.sysctl("net/ipv4/ip_no_pmtu_disc", 1)
+    net.beyond.ip("link set b0 mtu 600")
+    listener = net.keep(far.listen(host, PORT))
+    net.pod.inside(install, config, intercept=False)
+    upstream = dial_as(net, V4, (V4.client, 40_000), (host, PORT))
+    accept(net, listener).sendall(bytes(20_000))
+    assert receive(upstream, 20_000) == bytes(20_000)
+    assert net.beyond.netstat("FragCreates")
+
+
+def test_a_smaller_mtu_for_a_client_at_the_port_of_our_listener(
+    net: Topology, family: Family, far: Namespace
+) -> None:
+    """What is told to a client about a connection that is forwarded is for the client to hear."""
+    host = FAR[family.name][1]
+    far_listener = net.keep(far.listen(host, OTHER_PORT))
+    listen(net, family, OURS)
+    net.pod.inside(install, ROUTER)
+    client = net.keep(net.client.connect(host, OTHER_PORT, source_port=OURS))
+    app = accept(net, far_listener)
+    assert app.getpeername() == client.getsockname()
+    client.sendall(bytes(20_000))
     assert receive(app, 20_000) == bytes(20_000)
 
 

@@ -28,6 +28,7 @@ _CHECKS: tuple[Callable[[Patient], Iterator[Check]], ...] = (
     host.sysctls,
     host.forwarding,
     state.clashes,
+    state.nat,
     state.listeners,
     state.interfaces,
     state.rules,
@@ -45,7 +46,7 @@ def run(config: Config, command: Callable[[str], str]) -> list[Check]:
 
 
 def _examine(config: Config, command: Callable[[str], str]) -> Patient:
-    from tproxyd.kernel import claim, desired, reconcile  # only when asked
+    from tproxyd.kernel import claim, desired, others, reconcile  # only when asked
     from tproxyd.kernel.listening import listening as who_listens
     from tproxyd.kernel.state import KernelState
 
@@ -66,6 +67,7 @@ def _examine(config: Config, command: Callable[[str], str]) -> Patient:
         differs=report.differs,
         listening=listening,
         clashes=clashes,
+        nat=others.nat(),
         keeper=claim.holder(),
         unreadable=unreadable,
         backend=desired.backend(config, facts).backend,

@@ -42,6 +42,7 @@ class Patient:
     differs: tuple[str, ...]  # how it differs from what the configuration wants
     listening: Listening | None  # None: the kernel does not tell
     clashes: tuple[Clash, ...]  # what others have where we want to be
+    nat: tuple[str, ...]  # the tables in which others have rules of nat
     keeper: str  # the daemon that keeps the state as it should be; "" = nobody does
     unreadable: KernelError | None  # why the kernel state cannot be told
     backend: Backend  # never AUTO

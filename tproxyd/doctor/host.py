@@ -23,8 +23,8 @@ from tproxyd.linux import (
     interface_is_up,
 )
 
-# The first kernels with: reject in an inet prerouting chain (5.9), SO_MARK by CAP_NET_RAW (5.17).
-_OLDEST = (5, 9)
+# The first kernels with: nft's "socket wildcard" (5.12), SO_MARK by CAP_NET_RAW (5.17).
+_OLDEST = (5, 12)
 _SO_MARK_BY_RAW = (5, 17)
 
 
@@ -58,8 +58,8 @@ def kernel(_: Patient) -> Iterator[Check]:
     match = re.match(r"(\d+)\.(\d+)", release)
     version = (int(match[1]), int(match[2])) if match else (0, 0)
     if version < _OLDEST:
-        remedy = "use Linux 5.9 or newer"
-        yield Check("kernel", Verdict.FAIL, f"Linux {release}: no reject in prerouting", remedy)
+        remedy = "use Linux 5.12 or newer"
+        yield Check("kernel", Verdict.FAIL, f"Linux {release}: no socket wildcard in nft", remedy)
     elif version < _SO_MARK_BY_RAW:
         remedy = "give the daemon CAP_NET_ADMIN too, or use Linux 5.17 or newer"
         yield Check("kernel", Verdict.WARN, f"Linux {release}: SO_MARK needs NET_ADMIN", remedy)

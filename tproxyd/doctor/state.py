@@ -6,7 +6,7 @@ import os
 import socket
 from collections.abc import Iterator
 
-from tproxyd.config import Guard, Listener, OnCrash, Via
+from tproxyd.config import Backend, Guard, Listener, OnCrash, Scheme, Scope, SourceKind, Via
 from tproxyd.doctor.check import Check, Patient, Verdict
 from tproxyd.linux import CAP_NET_ADMIN, CAPABILITY_NAMES, capabilities
 
@@ -20,6 +20,39 @@ def clashes(patient: Patient) -> Iterator[Check]:
     for clash in patient.clashes:
         verdict = Verdict.FAIL if clash.sure else Verdict.WARN
         yield Check("clashes", verdict, clash.what, clash.remedy)
+
+
+def nat(patient: Patient) -> Iterator[Check]:
+    """What it does to interception, and the other way round: see kernel/chains.py.
+
+    Not asked where rules of nat may be our own.
+    """
+    takes = [each for each in patient.config.listeners if each.intercepts]
+    ours = any(each.intercept.via is Via.REDIRECT for each in takes)
+    if not patient.nat or ours or patient.config.rules.scheme is Scheme.ISTIO:
+        return
+    where = f"there are rules of nat ({', '.join(patient.nat)})"
+    keeping = [
+        each.name
+        for each in takes
+        if each.intercept.scope is Scope.FORWARD and each.source is SourceKind.CLIENT_PORT
+    ]
+    if patient.backend is not Backend.NFT and (takes or patient.holds_elsewhere):
+        yield Check(
+            "nat",
+            Verdict.WARN,
+            f"{where}; with iptables they come behind interception, and what is for both hangs",
+            'rules.backend = "nft" intercepts behind nat; or exclude the ports that nat publishes,'
+            " and masquerade nothing that goes to backends or through a router",
+        )
+    elif keeping:
+        yield Check(
+            "nat",
+            Verdict.WARN,
+            f"{where}; with the client's own port, connections of {', '.join(keeping)} are not"
+            " masqueraded",
+            'source = "client", where the router is to masquerade',
+        )
 
 
 def listeners(patient: Patient) -> Iterator[Check]:

@@ -18,9 +18,8 @@ from tproxyd.flow.connect import Sockets
 from tproxyd.flow.listen import endpoint, has_ipv6
 from tproxyd.flow.policy import Plan
 from tproxyd.kernel import others
-from tproxyd.kernel.chains import mark_mask
 from tproxyd.kernel.desired import PRIORITY
-from tproxyd.kernel.firewall import Family
+from tproxyd.kernel.firewall import Family, mark_mask
 from tproxyd.linux import CAP_NET_RAW, AddressKinds, capabilities
 
 _HERE_S = 1.0  # all of it stays on this host: tens of microseconds when it works

@@ -1,11 +1,15 @@
 """The packet rules for a Config, in the order in which a packet meets them, each with its reason.
 
-Five chains may be called by the kernel or by another, the rest are one for each listener:
+Seven chains may be called by the kernel or by another, one never is, and the rest are one for each
+listener:
 
-    prerouting      what comes in, before it is routed: our own packets on lo, the bypasses, then
-                    the listeners for this host's addresses
+    prerouting      what comes in, behind nat and before it is routed: our own packets on lo, the
+                    bypasses, then the listeners for this host's addresses
     passing         what is not for an address of this host: packets of connections that we hold,
                     and the listeners of a router
+    home            what meets a transparent socket there
+    defrag          nothing: its being there is what counts
+    collided        our SYN to an application that meets one
     output          the answers of applications, where connection tracking brings them home
     nat_prerouting  first packets of what comes in, for listeners that nat redirects
     nat_output      first packets of what is made here
@@ -18,25 +22,19 @@ Facts (nft 1.0.6, Linux 6.18):
   For the connections of a router, the mark is written behind tproxy, and not before: the refusal of
   a marked packet is itself marked where net.ipv4.fwmark_reflect is 1, goes to lo, and the client
   waits for its timeout.
-- "accept" ends a chain, not the walk: what tproxy took comes by the chains of nat too. So where
-  both are in use each names the other's listeners, in the order of the configuration.
-- Connection tracking takes a connection up in its middle, as new, and nat would redirect it (an old
-  connection then dies, by timeout). So nat is for SYNs.
-- A connection that is made here has passed nat at the hook output, and is not shown to the chain at
-  prerouting when it comes through lo: our own upstream connections need no bypass there.
-- A connection that nat has redirected needs it as long as it lives. Both must stay: a chain of nat,
-  at whatever hook (with the last one its hooks go), and a rule that asks connection tracking (with
-  the last one that goes, whatever chains are left). An empty chain of nat is not enough: within a
-  second the living connection was reset or silent. The table replaced in one transaction does no
-  harm, nor does a time without it in which the connection is silent.
+- The addresses of a packet are those of the host that has it only behind nat. Before, an answer to
+  what this host masquerades is for this host itself, and would not be found to be ours (the connect
+  times out); and a port that is published for another host (Docker, NodePorts) looks like one of
+  this host: taken by tproxy, and then sent away by nat, its connections hang. So "prerouting" is
+  called behind nat, anybody's. Where both ways of ours are in use, the chain of nat lets pass what
+  tproxy is to take; what it has redirected is at the port of its listener.
 
 Pure.
 """
 
 from __future__ import annotations
 
-from tproxyd.addr import PrefixSet, parse_prefix
-from tproxyd.config import Config, Intercept, Listener, ReturnPath, Scope, Via
+from tproxyd.config import Config, Listener, ReturnPath, Scope, Via
 from tproxyd.kernel.firewall import (
     ESTABLISHED,
     Action,
@@ -51,57 +49,53 @@ from tproxyd.kernel.firewall import (
     Icmp,
     InInterface,
     IpVersion,
+    Jump,
     MeetsTransparentSocket,
-    NotTcp,
+    MeetsWildcardListener,
     PacketMark,
-    Redirect,
+    PortIn,
+    Reply,
     Rule,
     SetConnMark,
     SetPacketMark,
     Syn,
     Tproxy,
     Verdict,
+    mark_mask,
 )
-from tproxyd.kernel.selectors import selection
-
-
-def mark_mask(mark: int) -> int:
-    """All ones up to the mark's highest hexadecimal digit: 0x539 → 0xfff.
-
-    Others may OR bits above ours into a packet's mark; compared whole, 0x10539 would not be 0x539
-    and its packet would leave toward the client.
-    """
-    return (1 << (mark.bit_length() + 3) // 4 * 4) - 1
+from tproxyd.kernel.natchains import nat_output, nat_prerouting
+from tproxyd.kernel.selectors import OTHER_PROTOCOLS, ordinary, reason, selection, with_scope
 
 
 def firewall(
     config: Config,
     families: tuple[Family, ...],
-    path: ReturnPath | None,
+    path: ReturnPath,
+    here: bool,
     home: bool,
     intercept: bool,
 ) -> Firewall:
-    """`path`: how answers on this host find home, where there are any; `home`: those from others.
+    """`path`: how answers on this host find home, if there are any (`here`); `home`: from others.
 
     Without `intercept` what living connections need.
     """
     mark = SetPacketMark(config.mark, mark_mask(config.mark))
     local = with_scope(config, Scope.LOCAL) if intercept else []
     forward = with_scope(config, Scope.FORWARD) if intercept else []
+    tracked = path is ReturnPath.CONNTRACK
     chains = [
-        Chain("prerouting", Hook.PREROUTING, _prerouting(config, mark, local, path, home)),
-        Chain("passing", None, _passing(mark, forward) if home else ()),
-        Chain("output", Hook.OUTPUT, (recall(mark),) if path is ReturnPath.CONNTRACK else ()),
+        Chain("prerouting", Hook.BEHIND_NAT, _prerouting(config, mark, local, path, here, home)),
+        Chain("collided", None, COLLIDED if here else ()),
+        Chain("passing", None, _passing(forward) if home else ()),
+        Chain("home", None, _home(mark) if home else ()),
+        Chain("defrag", None, _defrag(families) if home else ()),
+        Chain("output", Hook.OUTPUT, (recall(mark),) if here and tracked else ()),
         *(_take(each, families, None) for each in local if each.intercept.via is Via.TPROXY),
         *(_take(each, families, mark) for each in forward),
         Chain("nat_prerouting", Hook.NAT_PREROUTING, nat_prerouting(config, intercept)),
         Chain("nat_output", Hook.NAT_OUTPUT, nat_output(config, intercept)),
     ]
     return tuple(chain for chain in chains if chain.rules)
-
-
-def with_scope(config: Config, scope: Scope) -> list[Listener]:
-    return [each for each in config.listeners if each.intercepts and each.intercept.scope is scope]
 
 
 # What comes in ------------------------------------------------------------------------------------
@@ -111,19 +105,20 @@ LO = Rule(
     Verdict.ACCEPT,
     "what comes through lo is this host's own: our upstream connections would loop to us",
 )
-OTHER_PROTOCOLS = Rule((NotTcp(),), Verdict.ACCEPT, "only TCP is proxied")
 
 
 def _prerouting(
     config: Config,
     mark: SetPacketMark,
     local: list[Listener],
-    path: ReturnPath | None,
+    path: ReturnPath,
+    here: bool,
     home: bool,
 ) -> tuple[Rule, ...]:
-    rules = on_lo(config, mark, path)
-    takes = [*ordinary(config), *own] if (own := selections(local, Via.TPROXY)) else []
-    if local and path is ReturnPath.CONNTRACK:
+    rules = on_lo(config, mark, path if here else None, Jump("collided"))
+    own = _taken(local)
+    takes = [*ordinary(config), *_redirected(local), *own] if own else []
+    if local and here and path is ReturnPath.CONNTRACK:
         taken = Rule(
             (ConnMark(mark.value, mark.mask), Syn()),
             Verdict.DROP,
@@ -132,11 +127,20 @@ def _prerouting(
             " itself",
         )
         takes.insert(0, taken)
+    if own and path is ReturnPath.CONNTRACK:
+        answer = Rule(
+            (Syn(negate=True), Reply()),
+            Verdict.ACCEPT,
+            "what another host answers to this one. Where nat has sent the question there, the"
+            " answer gets the address that was asked only later, and by the one that it has no"
+            " socket is found: it would be handed to our listener, and the connection reset",
+        )
+        takes.insert(0, answer)
     if not takes and not home:
         return rules
     icmp = Rule(
         (Icmp(), ForUs(negate=True), MeetsTransparentSocket()),
-        Divert(mark),
+        Goto("home"),
         "an ICMP error about a connection that we hold in somebody's name is for us. Without it,"
         " that somebody gets it: a path with a smaller MTU stalls, a host that cannot be reached is"
         " a timeout",
@@ -161,19 +165,21 @@ def _prerouting(
     )
 
 
-def on_lo(config: Config, mark: SetPacketMark, path: ReturnPath | None) -> tuple[Rule, ...]:
-    """Our own connections, to the application."""
+def on_lo(
+    config: Config, mark: SetPacketMark, path: ReturnPath | None, collided: Action
+) -> tuple[Rule, ...]:
+    """Our own connections, to the application; `collided` drops a SYN that meets another."""
     if path is None:
         return ()
     ours = (InInterface(("lo",)), PacketMark(mark.value, mark.mask))
     rules = [
         Rule(
             (*ours, Syn(), MeetsTransparentSocket()),
-            Verdict.DROP,
+            collided,
             "our SYN to the application meets a living connection of the same client. Delivered, it"
             " is answered there, our connect stalls, and with conntrack it has given that"
             " connection our mark. Dropped, it is missed at once by our dialler, which takes"
-            " another port. (The application's own listener is not transparent.)",
+            " another port",
         )
     ]
     if any(each.intercept.via is Via.REDIRECT for each in with_scope(config, Scope.LOCAL)):
@@ -192,13 +198,35 @@ def on_lo(config: Config, mark: SetPacketMark, path: ReturnPath | None) -> tuple
     return tuple(rules)
 
 
-def _passing(mark: SetPacketMark, forward: list[Listener]) -> tuple[Rule, ...]:
+COLLIDED = (
+    Rule(
+        (MeetsWildcardListener(),),
+        Verdict.RETURN,
+        "no connection: the application listens with IP_TRANSPARENT itself, and our SYN is for it",
+    ),
+    Rule((), Verdict.DROP, "a connection of the client as whom we dial"),
+)
+
+
+def _home(mark: SetPacketMark) -> tuple[Rule, ...]:
+    return (
+        Rule(
+            (MeetsWildcardListener(),),
+            Verdict.ACCEPT,
+            "of no connection: it is for a port of another host at which somebody listens on this"
+            " one, as we do. Without it, this host would answer with a reset",
+        ),
+        Rule((), Divert(mark), "routed to this host by the mark"),
+    )
+
+
+def _passing(forward: list[Listener]) -> tuple[Rule, ...]:
     home = Rule(
         (Syn(negate=True), MeetsTransparentSocket()),
-        Divert(mark),
-        "to somebody's address, but of a connection that we hold in that name: routed here by the"
-        " mark. Without it, it goes to that somebody, who resets the connection. Never a SYN: it"
-        " may meet what is left of an older connection, and only tproxy tells the two apart",
+        Goto("home"),
+        "to somebody's address, but of a connection that we hold in that name. Without it, it goes"
+        " to that somebody, who resets the connection. Never a SYN: it may meet what is left of an"
+        " older connection, and only tproxy tells the two apart",
     )
     takes = [
         rule
@@ -244,101 +272,45 @@ def recall(mark: SetPacketMark) -> Rule:
     )
 
 
-# By nat -------------------------------------------------------------------------------------------
-
-NOT_NEW = Rule(
-    (Syn(negate=True),),
-    Verdict.ACCEPT,
-    "connection tracking takes an older connection up in its middle, as new: redirected, it ends",
-)
-# What lives needs nat until it ends.
-KEPT = Rule(
-    (ESTABLISHED,),
-    Verdict.ACCEPT,
-    "never true of a first packet. But a rule must ask connection tracking for it to be at work,"
-    " and the translation of living connections with it",
-)
+_DISCARD = 9  # RFC 863; any port would do
 
 
-def nat_prerouting(config: Config, intercept: bool) -> tuple[Rule, ...]:
-    local = with_scope(config, Scope.LOCAL)
-    if not any(each.intercept.via is Via.REDIRECT for each in local):
-        return ()
-    if not intercept:
-        return (KEPT,)
-    forwarded = Rule((ForUs(negate=True),), Verdict.ACCEPT, "forwarded traffic goes its way")
-    takes = (*ordinary(config), *selections(local, Via.REDIRECT))
-    return (OTHER_PROTOCOLS, forwarded, NOT_NEW, *takes)
-
-
-def nat_output(config: Config, intercept: bool) -> tuple[Rule, ...]:
-    listeners = with_scope(config, Scope.OUTBOUND)
-    if not listeners:
-        return ()
-    if not intercept:
-        return (KEPT,)
-    mask = mark_mask(config.listener_mark)
-    bypasses = (
+def _defrag(families: tuple[Family, ...]) -> tuple[Rule, ...]:
+    return tuple(
         Rule(
-            (PacketMark(config.listener_mark, mask),),
-            Verdict.ACCEPT,
-            "our own connections to elsewhere; without it, the proxy would catch itself",
-        ),
-        Rule(
-            (PacketMark(config.mark, mark_mask(config.mark)),),
-            Verdict.ACCEPT,
-            "and those to an application on this host",
-        ),
-        OTHER_PROTOCOLS,
-        Rule((ForUs(),), Verdict.ACCEPT, "what is made here for here does not go out"),
-        NOT_NEW,
+            (IpVersion(family),),
+            Tproxy(family, _DISCARD),
+            "never called: while there is a tproxy, the kernel puts fragments together before it"
+            " asks any chain. For a socket match it does not: of an answer in fragments that finds"
+            " the socket of the first only, and the rest leave toward somebody",
+        )
+        for family in families
     )
-    return (*bypasses, *selections(listeners, Via.REDIRECT))
 
 
 # Listeners ----------------------------------------------------------------------------------------
 
 
-def ordinary(config: Config) -> list[Rule]:
-    """What is made to our ordinary listeners: taken, it would have our own port as destination."""
-    rules: list[Rule] = []
-    for listener in config.listeners:
-        if listener.intercepts:
-            continue
-        everywhere = listener.bind in ("*", "0.0.0.0", "::")
-        there = PrefixSet() if everywhere else PrefixSet([parse_prefix(listener.bind)])
-        ports = ((listener.port, listener.port),)
-        comment = f"connections to listener {listener.name} itself"
-        rules += selection(
-            Intercept(ports=ports, exclude_ports=(), destinations=there), Verdict.ACCEPT, comment
+def _taken(listeners: list[Listener]) -> list[Rule]:
+    """The selections of those that tproxy serves, the first that matches first."""
+    return [
+        rule
+        for each in listeners
+        if each.intercept.via is Via.TPROXY
+        for rule in selection(each.intercept, Goto(_chain_name(each)), reason(each))
+    ]
+
+
+def _redirected(listeners: list[Listener]) -> list[Rule]:
+    return [
+        Rule(
+            (PortIn(((each.port, each.port),)),),
+            Verdict.ACCEPT,
+            f"connections that nat has redirected to listener {each.name}",
         )
-    return rules
-
-
-def selections(listeners: list[Listener], via: Via) -> list[Rule]:
-    """The selections of those that are taken in this way, the first that matches first.
-
-    What a listener before them takes in the other way is left to it.
-    """
-    rules: list[Rule] = []
-    others: list[Rule] = []
-    for listener in listeners:
-        take: Intercept = listener.intercept
-        if take.via is not via:
-            comment = f"connections for listener {listener.name}: {take.via} takes them"
-            others += selection(take, Verdict.ACCEPT, comment)
-            continue
-        action: Action = Goto(_chain_name(listener))
-        if via is Via.REDIRECT:
-            action = Redirect(listener.port)
-        if own := selection(take, action, reason(listener)):
-            rules += [*others, *own]
-            others = []
-    return rules
-
-
-def reason(listener: Listener) -> str:
-    return f"connections for listener {listener.name}"
+        for each in listeners
+        if each.intercept.via is Via.REDIRECT
+    ]
 
 
 def _chain_name(listener: Listener) -> str:

@@ -16,8 +16,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from tproxyd.kernel import netlink
-from tproxyd.kernel.chains import mark_mask
-from tproxyd.kernel.firewall import FULL_MASK
+from tproxyd.kernel.firewall import FULL_MASK, mark_mask
 from tproxyd.kernel.netlink import Item
 
 # include/uapi/linux/fib_rules.h, rtnetlink.h

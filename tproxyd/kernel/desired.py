@@ -21,6 +21,9 @@ Two ways to mark the answer (`return_path`), where a listener may have such a co
   they inherit none.
 - conntrack: the connection is marked when its packets pass lo, its answers get the mark from it.
   An answer is first routed without the mark, so there must be some route toward the client.
+  It also knows the answers to what this host itself asks of others; where nat has sent such a
+  question elsewhere (the chains of nat at output, kube-proxy's say), only it does, and under
+  accept-mark they would be taken for a client's packets.
 
 No DIVERT rule and no mark on the way in: a local destination is delivered locally in any case, and
 tproxy finds the established socket first, the listener second. Flows that are older than the rules
@@ -44,6 +47,8 @@ not to be had otherwise:
   the packet, and finds our table (__fib_validate_source). Then the packets of `home` and of a
   router arrive only with accept_local=1 and an rp_filter of 0 or 2; otherwise every one is dropped.
   Without src_valid_mark all values of the two work.
+- With the client's own port, ours to B is the client's connection to connection tracking: a rule of
+  nat that would masquerade it is not asked, and it leaves as C.
 
 **By nat** (`via = "redirect"`, and what is made on this host): the destination is rewritten to our
 listener, which asks for the original one. Where we then connect as ourselves, no mark is needed.
@@ -62,8 +67,8 @@ from typing import NamedTuple
 from tproxyd.addr import Endpoint, is_name, is_unix
 from tproxyd.config import Backend, Config, Listener, ReturnPath, Scheme, Scope, SourceKind, Via
 from tproxyd.istio.options import PASSTHROUGH_V6, IstioOptions
-from tproxyd.kernel.chains import firewall, mark_mask
-from tproxyd.kernel.firewall import FULL_MASK, Family
+from tproxyd.kernel.chains import firewall
+from tproxyd.kernel.firewall import FULL_MASK, Family, mark_mask
 from tproxyd.kernel.selectors import takes_nothing
 from tproxyd.kernel.state import (
     MARK_SYSCTLS,
@@ -220,7 +225,8 @@ def desired(config: Config, *, facts: Facts, intercept: bool = True) -> KernelSt
     """
     if config.rules.scheme is Scheme.ISTIO:
         return istio_state(config, facts, intercept)
-    path = return_path(config, facts).path if dials_here(config, facts) else None
+    way, here = return_path(config, facts).path, dials_here(config, facts)
+    path = way if here else None
     home = holds_elsewhere(config, facts)
     sysctls = _to_be_set(facts) if path is ReturnPath.ACCEPT_MARK else ()
     protocol = number_for(sysctls)
@@ -257,7 +263,7 @@ def desired(config: Config, *, facts: Facts, intercept: bool = True) -> KernelSt
             PolicyRule(family, PRIORITY, config.mark, mask, config.table, protocol)
             for family in marked
         ),
-        firewall=firewall(config, families, path, home, intercept) if nft else (),
+        firewall=firewall(config, families, way, here, home, intercept) if nft else (),
         iptables=tuple(each for each in tables if each.chains),
     )
 

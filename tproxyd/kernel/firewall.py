@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal, assert_never
+from typing import Literal
 
 from tproxyd.addr import PrefixSet
 
@@ -19,6 +19,20 @@ Family = Literal[4, 6]
 PortRanges = tuple[tuple[int, int], ...]
 
 FULL_MASK = 0xFFFF_FFFF
+
+
+def mark_mask(mark: int) -> int:
+    """All ones up to the mark's highest hexadecimal digit: 0x539 → 0xfff.
+
+    Others may OR bits above ours into a packet's mark; compared whole, 0x10539 would not be 0x539
+    and its packet would leave toward the client.
+    """
+    return (1 << (mark.bit_length() + 3) // 4 * 4) - 1
+
+
+def ranges_text(ranges: PortRanges) -> str:
+    """ "80, 8000-8100"."""
+    return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in ranges)
 
 
 # What a packet must be ----------------------------------------------------------------------------
@@ -137,10 +151,25 @@ ESTABLISHED = Tracked(("established",))
 
 
 @dataclass(frozen=True, slots=True)
-class MeetsTransparentSocket:
-    """A socket with IP_TRANSPARENT has, or listens on, exactly this packet's addresses.
+class Reply:
+    """On the way back to who has begun the connection, as connection tracking knows it."""
 
-    Or those of the packet that an ICMP error is about.
+
+@dataclass(frozen=True, slots=True)
+class MeetsTransparentSocket:
+    """A socket with IP_TRANSPARENT has this packet's addresses, or listens at its destination.
+
+    Or has those of the packet that an ICMP error is about. nft's looks at what listens on every
+    address as well, which iptables' does not: see MeetsWildcardListener.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class MeetsWildcardListener:
+    """No connection has this packet's addresses, and a socket listens on its port, everywhere.
+
+    Negated it would not tell the same from the rest: it fails too at what is no full socket yet, or
+    no more (a handshake without its last ACK, TIME_WAIT).
     """
 
 
@@ -161,7 +190,9 @@ Match = (
     | PacketMark
     | ConnMark
     | Tracked
+    | Reply
     | MeetsTransparentSocket
+    | MeetsWildcardListener
 )
 
 
@@ -280,18 +311,15 @@ class Rule:
     action: Action
     comment: str = field(default="", compare=False)
 
-    def __str__(self) -> str:
-        what = ", ".join(map(match_text, self.matches)) or "anything"
-        return f"{what} → {action_text(self.action)}"
-
 
 class Hook(StrEnum):
-    """Where a base chain is called: at priority mangle, behind conntrack and before nat; as nat; or
-    raw, before conntrack.
+    """Where a base chain is called: behind nat, with the addresses that it has made; at priority
+    mangle, behind conntrack and before nat; as nat; or raw, before conntrack.
 
     A chain of nat sees the first packet of a connection only.
     """
 
+    BEHIND_NAT = "prerouting behind nat"
     PREROUTING = "prerouting"
     OUTPUT = "output"  # of type route: a changed mark asks the routing tables again
     NAT_PREROUTING = "prerouting of nat"
@@ -317,83 +345,3 @@ class Chain:
 
 
 Firewall = tuple[Chain | Unknown, ...]
-
-
-# In words -----------------------------------------------------------------------------------------
-
-
-def match_text(match: Match) -> str:
-    """A match in words."""
-    match match:
-        case InInterface(names):
-            return f"in through {' or '.join(names)}"
-        case OutInterface(name):
-            return f"out through {name}"
-        case IpVersion(family):
-            return f"IPv{family}"
-        case Tcp():
-            return "TCP"
-        case NotTcp():
-            return "not TCP"
-        case Icmp():
-            return "ICMP"
-        case SourceIn(prefixes=prefixes):
-            return f"from {' or '.join(map(str, prefixes.networks))}"
-        case DestinationIn(prefixes=prefixes, negate=negate):
-            where = (" nor " if negate else " or ").join(map(str, prefixes.networks))
-            return f"{'not ' if negate else ''}to {where}"
-        case PortIn(ranges, negate):
-            return f"{'not ' if negate else ''}to port {ranges_text(ranges)}"
-        case UdpPort(end, ports):
-            return f"UDP {'from' if end == 'source' else 'to'} port {ranges_text((ports,))}"
-        case ForUs(negate):
-            return f"{'not ' if negate else ''}to an address of this host"
-        case Syn(negate):
-            return "not a SYN" if negate else "SYN"
-        case MadeBy(owner, ranges, negate):
-            return f"{'not ' if negate else ''}made by {owner} {ranges_text(ranges)}"
-        case PacketMark(value, mask, negate):
-            return f"{'not ' if negate else ''}mark {value:#x}/{mask:#x}"
-        case ConnMark(value, mask):
-            return f"connection mark {value:#x}/{mask:#x}"
-        case Tracked(states):
-            return f"of an {' or '.join(states)} connection"
-        case MeetsTransparentSocket():
-            return "meets a transparent socket"
-        case _:
-            assert_never(match)
-
-
-def action_text(action: Action) -> str:
-    """An action in words."""
-    match action:
-        case Verdict():
-            return str(action)
-        case Goto(chain):
-            return f"goto {chain}"
-        case Jump(chain):
-            return f"jump {chain}"
-        case Tproxy(family, port, mark):
-            marked = "" if mark is None else f", {action_text(mark)}"
-            return f"tproxy IPv{family} to port {port}{marked} and accept, if a socket is there"
-        case Divert(mark):
-            return f"{action_text(mark)} and accept"
-        case Redirect(port):
-            return f"redirect to port {port}"
-        case SetPacketMark(value, mask):
-            return f"set mark {value:#x}/{mask:#x}"
-        case SetConnMark(value, mask):
-            return f"set connection mark {value:#x}/{mask:#x}"
-        case SaveMark():
-            return "the connection gets the packet's mark"
-        case RestoreMark():
-            return "the packet gets the connection's mark"
-        case SetZone(zone):
-            return f"track in zone {zone}"
-        case _:
-            assert_never(action)
-
-
-def ranges_text(ranges: PortRanges) -> str:
-    """ "80, 8000-8100"."""
-    return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in ranges)

@@ -1,6 +1,6 @@
 """The lean scheme for iptables: the chains of one IP version.
 
-As in chains.py, with three differences that come from iptables itself.
+As in chains.py, with four differences that come from iptables itself.
 
 **TPROXY drops** a packet whose established socket is not transparent, and one that nobody listens
 for (nft's statement lets the next rule run). So it must never see a connection that is older than
@@ -15,6 +15,10 @@ later, and no match asks for a listener on a port that is not the packet's own.
 
 **ACCEPT** ends the walk through the whole table, other programs' rules included. So what is not
 ours is returned, and only what we divert is accepted.
+
+**Mangle comes before nat**, and no table with TPROXY behind it. So what nat translates as well does
+not work here: answers to what this host masquerades are not found to be ours, and a port that is
+published for another host is taken. (`tproxyd doctor` says so where there are rules of nat.)
 
 **A rule has one of everything**: of several prefixes, interfaces or more ports than a match holds,
 each has a rule of its own. What a rule excludes stands in it, a match each, up to EXCLUDED; more of
@@ -33,18 +37,7 @@ from dataclasses import replace
 from tproxyd.addr import PrefixSet
 from tproxyd.config import Config, Listener, ReturnPath, Scope, Via
 from tproxyd.errors import KernelError
-from tproxyd.kernel.chains import (
-    LO,
-    OTHER_PROTOCOLS,
-    mark_mask,
-    nat_output,
-    nat_prerouting,
-    on_lo,
-    ordinary,
-    reason,
-    recall,
-    with_scope,
-)
+from tproxyd.kernel.chains import LO, on_lo, recall
 from tproxyd.kernel.firewall import (
     Chain,
     ConnMark,
@@ -71,9 +64,11 @@ from tproxyd.kernel.firewall import (
     Table,
     Tproxy,
     Verdict,
+    mark_mask,
 )
 from tproxyd.kernel.iptlang import ordered, port_sets
-from tproxyd.kernel.selectors import selection
+from tproxyd.kernel.natchains import nat_output, nat_prerouting
+from tproxyd.kernel.selectors import OTHER_PROTOCOLS, ordinary, reason, selection, with_scope
 
 # iptables-restore takes 255 words a line (iptables/xshared.h, MAX_ARGC), and each of these is five.
 EXCLUDED = 32
@@ -160,7 +155,7 @@ def _prerouting(
     path: ReturnPath | None,
     home: bool,
 ) -> tuple[Rule, ...]:
-    rules = on_lo(config, mark, path)
+    rules = on_lo(config, mark, path, Verdict.DROP)
     takes: list[Rule] = []
     if local:
         takes = [*_tagged(local, tags), OLDER]

@@ -25,12 +25,14 @@ from tproxyd.kernel.firewall import (
     MadeBy,
     Match,
     MeetsTransparentSocket,
+    MeetsWildcardListener,
     NotTcp,
     OutInterface,
     PacketMark,
     PortIn,
     PortRanges,
     Redirect,
+    Reply,
     RestoreMark,
     Rule,
     SaveMark,
@@ -117,8 +119,8 @@ def words(rule: Rule, family: Family) -> str:
                 more.add("-m conntrack --ctstate", ",".join(states).upper())
             case MeetsTransparentSocket():
                 more.add("-m socket", "--transparent")
-            case IpVersion():
-                raise ValueError("a rule is of one IP version here")
+            case IpVersion() | MeetsWildcardListener() | Reply():
+                raise ValueError("only rules of nft ask for that")
             case _:
                 assert_never(match)
     head.sort(key=lambda text: "sdio".index(text.lstrip("! -")[0]))

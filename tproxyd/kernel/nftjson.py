@@ -31,12 +31,14 @@ from tproxyd.kernel.firewall import (
     MadeBy,
     Match,
     MeetsTransparentSocket,
+    MeetsWildcardListener,
     NotTcp,
     OutInterface,
     PacketMark,
     PortIn,
     PortRanges,
     Redirect,
+    Reply,
     RestoreMark,
     Rule,
     SaveMark,
@@ -178,8 +180,12 @@ def _parse_match(op: str, left: object, right: object) -> Match:
             return ConnMark(value, FULL_MASK)
         case {"ct": {"key": "state", **more}}, "in" | "==", _ if not more:
             return Tracked(tuple(sorted(map(_text, _flags(right)))))
+        case {"ct": {"key": "direction", **more}}, "==", "reply" if not more:
+            return Reply()
         case {"socket": {"key": "transparent"}}, "==", 1:
             return MeetsTransparentSocket()
+        case {"socket": {"key": "wildcard"}}, "==", 1:
+            return MeetsWildcardListener()
     raise ValueError(left)
 
 

@@ -26,12 +26,14 @@ from tproxyd.kernel.firewall import (
     MadeBy,
     Match,
     MeetsTransparentSocket,
+    MeetsWildcardListener,
     NotTcp,
     OutInterface,
     PacketMark,
     PortIn,
     PortRanges,
     Redirect,
+    Reply,
     RestoreMark,
     Rule,
     SaveMark,
@@ -61,10 +63,13 @@ class Base(NamedTuple):
     priority: int
 
 
-# include/uapi/linux/netfilter_ipv4.h: NF_IP_PRI_RAW, _MANGLE, _NAT_DST. The last is written as a
-# number: nft has a name for it at the hook prerouting only.
+# include/uapi/linux/netfilter_ipv4.h: NF_IP_PRI_RAW, _MANGLE, _NAT_DST. The kernel calls all chains
+# of nat at the last, whatever their own priority. Of ours it is written as a number: nft has a name
+# for it at the hook prerouting only.
 _RAW, _MANGLE, _NAT = -300, -150, -100
+_NAMES = {_MANGLE: "mangle", _NAT + 1: "dstnat + 1"}
 BASES = {
+    Hook.BEHIND_NAT: Base("filter", "prerouting", _NAT + 1),
     Hook.PREROUTING: Base("filter", "prerouting", _MANGLE),
     Hook.OUTPUT: Base("route", "output", _MANGLE),
     Hook.NAT_PREROUTING: Base("nat", "prerouting", _NAT),
@@ -110,7 +115,7 @@ def refill(firewall: Firewall, before: Iterable[str]) -> str:
 
 def _base(hook: Hook) -> str:
     kind, at, priority = BASES[hook]
-    name = "mangle" if priority == _MANGLE else priority
+    name = _NAMES.get(priority, priority)
     return f"type {kind} hook {at} priority {name}; policy accept;"
 
 
@@ -169,8 +174,12 @@ def _match(match: Match) -> str:
             return f"ct mark {_masked(value, mask)}"
         case Tracked(states):
             return f"ct state {','.join(states)}"
+        case Reply():
+            return "ct direction reply"
         case MeetsTransparentSocket():
             return "socket transparent 1"
+        case MeetsWildcardListener():
+            return "socket wildcard 1"
         case _:
             assert_never(match)
 

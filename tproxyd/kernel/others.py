@@ -1,6 +1,8 @@
-"""What others have that may take the packets which our rules and routes would bring home.
+"""What others have that may take the packets which our rules and routes would bring home, or would
+translate them (`nat`).
 
-Looked for when an answer does not come home though everything of ours stands as it should:
+The first is looked for when an answer does not come home though everything of ours stands as it
+should:
 
 - policy rules before ours. Whether they matter is not guessed: the kernel is asked how it routes
   such a packet (RTM_GETROUTE), and only then which rules can be why.
@@ -21,7 +23,7 @@ from typing import NamedTuple
 
 from tproxyd.kernel import items, netlink, xtables
 from tproxyd.kernel.desired import PRIORITY
-from tproxyd.kernel.firewall import Family
+from tproxyd.kernel.firewall import Family, Table
 from tproxyd.kernel.iptchains import PREFIX
 from tproxyd.kernel.netlink import RTM_GETRULE, Item, Netlink, attributes
 from tproxyd.kernel.nftlang import MEANWHILE, TABLE
@@ -121,7 +123,7 @@ def _family(host: str) -> int:
 _NETLINK_NETFILTER = 12
 _HEADER, _EVERY = 4, bytes(4)  # nfgenmsg, which begins with the family; of all of them
 _GETCHAIN, _GETRULE = 10 << 8 | 4, 10 << 8 | 7
-_CHAIN_TABLE, _CHAIN_NAME, _CHAIN_HOOK, _CHAIN_POLICY = 1, 3, 4, 5
+_CHAIN_TABLE, _CHAIN_NAME, _CHAIN_HOOK, _CHAIN_POLICY, _CHAIN_USE, _CHAIN_TYPE = 1, 3, 4, 5, 6, 7
 _RULE_TABLE, _RULE_CHAIN, _RULE_EXPRESSIONS = 1, 2, 4
 _HOOK_NUMBER = 1
 _EXPRESSION_NAME, _EXPRESSION_DATA = 1, 2
@@ -232,3 +234,21 @@ def _reached(base: _Key, chains: dict[_Key, _Chain]) -> set[_Key]:
 
 def _text(value: bytes) -> str:
     return value.rstrip(b"\0").decode(errors="replace")
+
+
+# Nat ----------------------------------------------------------------------------------------------
+
+
+def nat() -> tuple[str, ...]:
+    """The tables in which a chain of nat has rules: all but ours of nft."""
+    chains: Sequence[bytes] = ()
+    with contextlib.suppress(OSError), contextlib.closing(Netlink(_NETLINK_NETFILTER)) as kernel:
+        chains = kernel.dump(_GETCHAIN, _EVERY)
+    found = set[str]()
+    for body in chains:
+        values = attributes(body, _HEADER)
+        key = (body[0], _text(values[_CHAIN_TABLE]), _text(values[_CHAIN_NAME]))
+        is_nat = _text(values.get(_CHAIN_TYPE, b"")) == "nat"
+        if is_nat and any(values[_CHAIN_USE]) and key[0] in _FAMILIES and not _is_ours(key):
+            found.add(f"{_FAMILIES[key[0]]} {key[1]}")
+    return (*sorted(found), *(["nat (legacy)"] if xtables.has_rules(Table.NAT) else []))

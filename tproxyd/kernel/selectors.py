@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tproxyd.addr import PrefixSet
-from tproxyd.config import Intercept
+from tproxyd.addr import PrefixSet, parse_prefix
+from tproxyd.config import Config, Intercept, Listener, Scope
 from tproxyd.kernel.firewall import (
     Action,
     DestinationIn,
@@ -12,11 +12,23 @@ from tproxyd.kernel.firewall import (
     IpVersion,
     MadeBy,
     Match,
+    NotTcp,
     PortIn,
     Rule,
     SourceIn,
+    Verdict,
 )
 from tproxyd.reader import EVERY_PORT, merge_ranges
+
+OTHER_PROTOCOLS = Rule((NotTcp(),), Verdict.ACCEPT, "only TCP is proxied")
+
+
+def with_scope(config: Config, scope: Scope) -> list[Listener]:
+    return [each for each in config.listeners if each.intercepts and each.intercept.scope is scope]
+
+
+def reason(listener: Listener) -> str:
+    return f"connections for listener {listener.name}"
 
 
 def selection(take: Intercept, action: Action, comment: str) -> list[Rule]:
@@ -89,3 +101,19 @@ def _owners(take: Intercept) -> tuple[Match, ...]:
             MadeBy("gid", merge_ranges([(gid, gid) for gid in take.exclude_gids]), negate=True),
         )
     return matches
+
+
+def ordinary(config: Config) -> list[Rule]:
+    """What is made to our ordinary listeners: taken, it would have our own port as destination."""
+    rules: list[Rule] = []
+    for listener in config.listeners:
+        if listener.intercepts:
+            continue
+        everywhere = listener.bind in ("*", "0.0.0.0", "::")
+        there = PrefixSet() if everywhere else PrefixSet([parse_prefix(listener.bind)])
+        ports = ((listener.port, listener.port),)
+        comment = f"connections to listener {listener.name} itself"
+        rules += selection(
+            Intercept(ports=ports, exclude_ports=(), destinations=there), Verdict.ACCEPT, comment
+        )
+    return rules

@@ -38,7 +38,8 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 
 from tproxyd.config import Backend
-from tproxyd.kernel.firewall import Family, Firewall, Rule, Unknown
+from tproxyd.kernel.firewall import Family, Firewall
+from tproxyd.kernel.words import in_words
 
 FWMARK_ACCEPT = "net.ipv4.tcp_fwmark_accept"
 REFLECT_V4, REFLECT_V6 = "net.ipv4.fwmark_reflect", "net.ipv6.fwmark_reflect"
@@ -372,20 +373,6 @@ def render(state: KernelState) -> str:
     """The state for people: the commands that would make it, then the firewall in words."""
     lines = made_by(state)
     for tables in state.iptables:
-        lines += [tables.command, *_in_words(tables.chains)]
-    lines += _in_words(state.firewall)
+        lines += [tables.command, *in_words(tables.chains)]
+    lines += in_words(state.firewall)
     return "".join(f"{line}\n" for line in lines)
-
-
-def _in_words(firewall: Firewall) -> list[str]:
-    lines: list[str] = []
-    for chain in firewall:
-        if isinstance(chain, Unknown):
-            lines.append(str(chain))
-            continue
-        lines.append(f"chain {chain.name}" + (f" at {chain.hook}:" if chain.hook else ":"))
-        for rule in chain.rules:
-            lines.append(f"    {rule}")
-            if isinstance(rule, Rule) and rule.comment:
-                lines.append(f"        # {rule.comment}")
-    return lines

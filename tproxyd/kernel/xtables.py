@@ -50,13 +50,14 @@ def names(family: Family) -> tuple[str, ...]:
         return ()
 
 
-def has_rules() -> bool:
-    """Whether any legacy table has a rule or a chain, anybody's."""
+def has_rules(table: str = "") -> bool:
+    """Whether a legacy table, the one of that name or any, has a rule or a chain, anybody's."""
     families: tuple[Family, ...] = (4, 6)
     return any(
         rules > 0
         for family in families
         for name in names(family)
+        if table in ("", name)
         for rules in _rule_counts(family, name)
     )
 

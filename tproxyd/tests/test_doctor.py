@@ -5,10 +5,20 @@ from __future__ import annotations
 import os
 import socket
 import struct
+from dataclasses import replace
 
 import pytest
 
-from tproxyd.config import Backend, Config, Intercept, Listener, ReturnPath, Via
+from tproxyd.config import (
+    Backend,
+    Config,
+    Intercept,
+    Listener,
+    ReturnPath,
+    Scope,
+    SourceKind,
+    Via,
+)
 from tproxyd.configsource import command_line
 from tproxyd.doctor import Check, Verdict, state
 from tproxyd.doctor.check import Patient
@@ -27,6 +37,7 @@ def patient(
         differs=(),
         listening=who,
         clashes=(),
+        nat=(),
         keeper="",
         unreadable=None,
         backend=Backend.NFT,
@@ -35,6 +46,35 @@ def patient(
         wants_state=True,
         dials_here=True,
         holds_elsewhere=False,
+    )
+
+
+# Nat ----------------------------------------------------------------------------------------------
+
+FORWARD = Intercept(Scope.FORWARD)
+KEEPS_PORT = Listener(intercept=FORWARD, source=SourceKind.CLIENT_PORT)
+BY_NAT = Listener("by-nat", port=1, intercept=Intercept(via=Via.REDIRECT))
+
+
+@pytest.mark.parametrize(
+    ("backend", "listeners", "told"),
+    [
+        (Backend.NFT, (Listener(),), ""),
+        (Backend.NFT, (Listener(intercept=FORWARD),), ""),
+        (Backend.NFT, (KEEPS_PORT,), "are not masqueraded"),
+        (Backend.NFT, (Listener(bind="*", source=SourceKind.CLIENT_PORT),), ""),
+        (Backend.IPTABLES_NFT, (Listener(),), "behind interception"),
+        (Backend.IPTABLES_LEGACY, (KEEPS_PORT,), "behind interception"),
+        (Backend.IPTABLES_NFT, (Listener(bind="*"),), ""),
+        (Backend.IPTABLES_NFT, (Listener(), BY_NAT), ""),  # the rules of nat may be ours
+    ],
+)
+def test_nat_of_others(backend: Backend, listeners: tuple[Listener, ...], told: str) -> None:
+    sick = replace(patient(*listeners), backend=backend)
+    assert not list(state.nat(sick))
+    found = list(state.nat(replace(sick, nat=("ip nat",))))
+    assert [told in each.detail and "(ip nat)" in each.detail for each in found] == [True] * bool(
+        told
     )
 
 

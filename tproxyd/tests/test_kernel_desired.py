@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 from tproxyd.config import Config, ReturnPath
 from tproxyd.configfile import parse
-from tproxyd.kernel.chains import mark_mask
 from tproxyd.kernel.desired import Facts, desired, notes, return_path
-from tproxyd.kernel.firewall import Chain, Goto, Rule
+from tproxyd.kernel.firewall import Chain, Goto, Rule, mark_mask
 from tproxyd.kernel.state import (
     EMPTY,
     FWMARK_ACCEPT,
@@ -23,6 +22,7 @@ from tproxyd.kernel.state import (
     KernelState,
     render,
 )
+from tproxyd.kernel.words import rule_text
 
 POD = Facts(ipv6=True, host_netns=False)
 HOST = Facts(ipv6=True, host_netns=True)
@@ -44,7 +44,7 @@ def selectors(text: str) -> list[str]:
     state = desired(config(text), facts=POD)
     chain = state.firewall[0]
     assert isinstance(chain, Chain)
-    return [str(r) for r in chain.rules if isinstance(r, Rule) and isinstance(r.action, Goto)]
+    return [rule_text(r) for r in chain.rules if isinstance(r, Rule) and isinstance(r.action, Goto)]
 
 
 def test_the_default_in_a_pod() -> None:
@@ -57,12 +57,15 @@ def test_the_default_in_a_pod() -> None:
         sysctl -w net.ipv6.fwmark_reflect=133
         ip -4 rule add priority 1337 fwmark 0x539/0xfff lookup 133 protocol 140
         ip -6 rule add priority 1337 fwmark 0x539/0xfff lookup 133 protocol 140
-        chain prerouting at prerouting:
-            in through lo, mark 0x539/0xfff, SYN, meets a transparent socket → drop
+        chain prerouting at prerouting behind nat:
+            in through lo, mark 0x539/0xfff, SYN, meets a transparent socket → jump collided
             in through lo → accept
             not TCP → accept
             not to an address of this host → accept
             not to port 15020-15021, 15090 → goto take_inbound
+        chain collided:
+            meets a listener on every address → return
+            anything → drop
         chain take_inbound:
             IPv4 → tproxy IPv4 to port 15006 and accept, if a socket is there
             IPv6 → tproxy IPv6 to port 15006 and accept, if a socket is there
@@ -78,14 +81,18 @@ def test_conntrack_on_a_host() -> None:
         ip -6 route add local default dev lo table 133 proto 133
         ip -4 rule add priority 1337 fwmark 0x539/0xfff lookup 133 protocol 133
         ip -6 rule add priority 1337 fwmark 0x539/0xfff lookup 133 protocol 133
-        chain prerouting at prerouting:
-            in through lo, mark 0x539/0xfff, SYN, meets a transparent socket → drop
+        chain prerouting at prerouting behind nat:
+            in through lo, mark 0x539/0xfff, SYN, meets a transparent socket → jump collided
             in through lo, mark 0x539/0xfff → set connection mark 0x539/0xfff
             in through lo → accept
             not TCP → accept
             not to an address of this host → accept
+            not a SYN, an answer → accept
             connection mark 0x539/0xfff, SYN → drop
             not to port 15020-15021, 15090 → goto take_inbound
+        chain collided:
+            meets a listener on every address → return
+            anything → drop
         chain output at output:
             connection mark 0x539/0xfff → set mark 0x539/0xfff
         chain take_inbound:
@@ -104,12 +111,15 @@ def test_without_ipv6() -> None:
         sysctl -w net.ipv4.tcp_fwmark_accept=133
         sysctl -w net.ipv4.fwmark_reflect=133
         ip -4 rule add priority 1337 fwmark 0x539/0xfff lookup 133 protocol 136
-        chain prerouting at prerouting:
-            in through lo, mark 0x539/0xfff, SYN, meets a transparent socket → drop
+        chain prerouting at prerouting behind nat:
+            in through lo, mark 0x539/0xfff, SYN, meets a transparent socket → jump collided
             in through lo → accept
             not TCP → accept
             not to an address of this host → accept
             not to port 15020-15021, 15090 → goto take_inbound
+        chain collided:
+            meets a listener on every address → return
+            anything → drop
         chain take_inbound:
             IPv4 → tproxy IPv4 to port 15006 and accept, if a socket is there
             SYN → reject with tcp reset
@@ -129,7 +139,7 @@ def test_a_drain_keeps_everything_that_brings_answers_home(facts: Facts) -> None
         whole.rules,
     )
     text = bare(drain)
-    assert "meets a transparent socket → drop" in text
+    assert "meets a transparent socket → jump collided" in text
     assert ("connection mark" in text) == (facts is HOST)
     assert "goto" not in text
     assert "tproxy IPv4" not in text
@@ -207,7 +217,7 @@ def test_listeners_in_their_order_with_names_that_clash_with_nothing() -> None:
     ]
     state = desired(config(text), facts=HOST)
     names = [chain.name for chain in state.firewall if isinstance(chain, Chain)]
-    assert names == ["prerouting", "output", "take_output", "take_prerouting"]
+    assert names == ["prerouting", "collided", "output", "take_output", "take_prerouting"]
     assert "IPv4 → tproxy IPv4 to port 1002" in bare(state)
 
 

@@ -62,6 +62,7 @@ from tproxyd.kernel.iptlang import ordered, words
 from tproxyd.kernel.iptread import parse
 from tproxyd.kernel.iptsave import Listing, ours, read_save, render, script, strangers
 from tproxyd.kernel.state import KernelState, Tables, diff
+from tproxyd.kernel.words import rule_text
 
 FACTS = Facts(ipv6=True, host_netns=True)
 IPTABLES = [Backend.IPTABLES_NFT, Backend.IPTABLES_LEGACY]
@@ -162,7 +163,8 @@ def test_what_is_written_is_read(meant: Rule) -> None:
 def test_the_lines_have_every_form() -> None:
     """All but what only nft can say in one rule."""
     matches = {type(match) for _, meant in SAVED for match in meant.matches}
-    assert matches == set(get_args(firewall.Match)) - {firewall.IpVersion}
+    of_nft = {firewall.IpVersion, firewall.MeetsWildcardListener, firewall.Reply}
+    assert matches == set(get_args(firewall.Match)) - of_nft
     actions = {type(meant.action) for _, meant in SAVED}
     assert actions == set(get_args(firewall.Action)) - {firewall.Divert}
 
@@ -477,7 +479,7 @@ def test_an_ip_version_that_we_do_not_serve_is_dropped_not_let_by() -> None:
     facts = Facts(ipv6=False, host_netns=True)
     four, six = desired(config(Backend.IPTABLES_NFT), facts=facts).iptables
     (take,) = (each for each in six.chains if isinstance(each, Chain) and "15006" in each.name)
-    assert [str(each) for each in take.rules] == ["anything → drop"]
+    assert [rule_text(each) for each in take.rules] == ["anything → drop"]
     gone = Facts(ipv6=False, host_netns=True, ip_tables=(4,))
     assert desired(config(Backend.IPTABLES_NFT), facts=gone).iptables == (four,)
 
@@ -507,17 +509,17 @@ def test_much_that_is_excluded_has_chains_of_its_own(backend: Backend) -> None:
         {(each.table, each.name): each.rules for each in tables.chains if isinstance(each, Chain)}
         for tables in wish.iptables
     )
-    assert list(map(str, four[Table.MANGLE, "TPROXYD_PREROUTING"][-2:])) == [
+    assert list(map(rule_text, four[Table.MANGLE, "TPROXYD_PREROUTING"][-2:])) == [
         "to port 80-89 → goto TPROXYD_PREROUTING-1X",
         "anything → goto TPROXYD_PREROUTING-1",
     ]
-    through = list(map(str, four[Table.MANGLE, "TPROXYD_PREROUTING-1X"]))
+    through = list(map(rule_text, four[Table.MANGLE, "TPROXYD_PREROUTING-1X"]))
     assert through[0].endswith("10.0.0.1/32 → goto TPROXYD_PREROUTING-1")
     assert (len(through), through[-1]) == (102, "anything → goto TPROXYD_1")  # ports too
-    behind = list(map(str, four[Table.MANGLE, "TPROXYD_PREROUTING-1"]))
+    behind = list(map(rule_text, four[Table.MANGLE, "TPROXYD_PREROUTING-1"]))
     assert behind == ["anything → return"]  # to nat, as listener b's
     assert (Table.MANGLE, "TPROXYD_PREROUTING-1") not in six
-    made_here = list(map(str, six[Table.NAT, "TPROXYD_OUTPUT-1X"]))
+    made_here = list(map(rule_text, six[Table.NAT, "TPROXYD_OUTPUT-1X"]))
     assert (len(made_here), made_here[1]) == (202, "made by uid 1000 → return")  # ports too
     assert (Table.NAT, "TPROXYD_OUTPUT-1") not in six
     for tables in wish.iptables:

@@ -32,6 +32,7 @@ from tproxyd.kernel.istioconfig import istio_options
 from tproxyd.kernel.nftlang import render
 from tproxyd.kernel.reconcile import check, check_istio, clean, clean_istio, install, install_istio
 from tproxyd.kernel.state import OURS, Address, PolicyRule, Route
+from tproxyd.kernel.words import rule_text
 from tproxyd.tests.fakes import FakeKernel
 
 FACTS = Facts(ipv6=True, host_netns=False)
@@ -55,6 +56,10 @@ def made(options: IstioOptions, family: Family = 4) -> dict[tuple[str, str], lis
         for each in chains
         if isinstance(each, Chain) and each.name != istio.MARKER
     }
+
+
+def in_words(rules: list[object]) -> list[str]:
+    return [rule_text(rule) for rule in rules if isinstance(rule, Rule)]
 
 
 NAT = """
@@ -185,7 +190,7 @@ def test_outbound() -> None:
         owner_groups_exclude=(888,),
         loopback=IPv4Network("127.0.0.0/8"),
     )
-    output = [str(rule) for rule in made(options)["nat", "ISTIO_OUTPUT"]]
+    output = in_words(made(options)["nat", "ISTIO_OUTPUT"])
     assert output[:3] == [
         "to port 91 → return",
         "UDP to port 91 → return",
@@ -198,7 +203,7 @@ def test_outbound() -> None:
         "to port 32000 → jump ISTIO_REDIRECT",
         "anything → jump ISTIO_REDIRECT",
     ]
-    output = [str(rule) for rule in made(options, 6)["nat", "ISTIO_OUTPUT"]]
+    output = in_words(made(options, 6)["nat", "ISTIO_OUTPUT"])
     assert output[-4:-2] == ["to ::1/128 → return", "to 2001:db8::/32 → return"]
 
 
@@ -285,7 +290,7 @@ def test_each_table_says_that_it_is_ours() -> None:
 
 def test_both_ip_versions_in_one_table() -> None:
     chains = {
-        each.name: [str(rule) for rule in each.rules]
+        each.name: [rule_text(rule) for rule in each.rules]
         for each in istio.nft_chains(IstioOptions(mode=Mode.TPROXY, inbound_ports=ALL))
         if isinstance(each, Chain)
     }
@@ -452,7 +457,7 @@ def test_a_configuration_is_installed() -> None:
 def test_a_drain_keeps_the_way_home() -> None:
     state = desired(config(), facts=FACTS, intercept=False)
     chains = [each for each in state.firewall if isinstance(each, Chain)]
-    rules = [str(rule) for each in chains for rule in each.rules if isinstance(rule, Rule)]
+    rules = [rule_text(rule) for each in chains for rule in each.rules if isinstance(rule, Rule)]
     assert not any("tproxy" in rule for rule in rules)
     assert any("the packet gets the connection's mark" in rule for rule in rules)
     assert len(state.routes) == len(state.rules) == 2

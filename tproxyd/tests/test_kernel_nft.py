@@ -302,10 +302,13 @@ def test_marks_of_32_bits_have_no_mask() -> None:
         [match({"ct": {"key": "status"}}, "seen-reply", "in"), ACCEPT],
         [match({"ct": {"key": "status"}}, "assured", "!="), ACCEPT],
         [match({"socket": {"key": "transparent"}}, 2), ACCEPT],
-        [match({"socket": {"key": "wildcard"}}, 1), ACCEPT],
+        [match({"socket": {"key": "wildcard"}}, 0), ACCEPT],
+        [match({"socket": {"key": "mark"}}, 1), ACCEPT],
         [match({"payload": {"protocol": "ip", "field": "saddr"}}, "@trusted"), ACCEPT],
         [match({"payload": {"protocol": "ip", "field": "saddr"}}, "10.0.0.1", "!="), ACCEPT],
         [match({"ct": {"key": "mark", "dir": "original"}}, 1), ACCEPT],
+        [match({"ct": {"key": "direction"}}, "original"), ACCEPT],
+        [match({"ct": {"key": "direction"}}, "reply", "!="), ACCEPT],
         [match({"fib": {"result": "type", "flags": ["saddr"]}}, "local", "!="), ACCEPT],
         [{"reject": {"type": "icmp", "expr": "host-unreachable"}}],
         [{"tproxy": {"family": "ip", "port": 1, "addr": "127.0.0.1"}}, ACCEPT],
@@ -342,7 +345,7 @@ def test_what_is_not_in_the_algebra_is_unknown(statements: list[object]) -> None
 # Of the istio scheme only; what nft makes of that is tested in namespaces.
 OF_ISTIO: set[object] = {firewall.OutInterface, firewall.Tcp, firewall.UdpPort}
 DONE_BY_ISTIO: set[object] = {
-    *(firewall.Jump, firewall.SaveMark, firewall.RestoreMark, firewall.SetZone),
+    *(firewall.SaveMark, firewall.RestoreMark, firewall.SetZone),
 }
 
 

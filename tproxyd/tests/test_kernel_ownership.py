@@ -115,7 +115,7 @@ def test_a_refill_never_names_the_table_alone() -> None:
     assert not [line for line in script if line.startswith(("add table", "delete table", "table"))]
     # All of the rules that the whole table has, and chains before what jumps to them.
     rules = [line for line in script if line.startswith("add rule inet tproxyd prerouting ")]
-    assert len(rules) == len(next(c for c in firewall if c.hook is Hook.PREROUTING).rules)  # type: ignore[union-attr]
+    assert len(rules) == len(next(c for c in firewall if c.hook is Hook.BEHIND_NAT).rules)  # type: ignore[union-attr]
     assert script.index(rules[0]) > max(
         at for at, line in enumerate(script) if line.startswith("add chain")
     )

@@ -12,6 +12,7 @@ from tproxyd.kernel.desired import Facts, desired, dials_here, holds_elsewhere, 
 from tproxyd.kernel.firewall import Chain, Rule
 from tproxyd.kernel.reconcile import install
 from tproxyd.kernel.state import EMPTY, KernelState, Route, render
+from tproxyd.kernel.words import rule_text
 from tproxyd.tests.fakes import FakeKernel
 
 POD = Facts(ipv6=True, host_netns=False, own=frozenset(("127.0.0.1", "::1", "10.0.0.1", "fd00::1")))
@@ -49,7 +50,7 @@ def bare(state: KernelState) -> str:
 def chain(state: KernelState, name: str) -> list[str]:
     """The rules of a chain; [] where there is none."""
     found = (each for each in state.firewall if isinstance(each, Chain) and each.name == name)
-    return [str(rule) for each in found for rule in each.rules]
+    return [rule_text(rule) for each in found for rule in each.rules]
 
 
 def wish(text: str, facts: Facts = POD, *, intercept: bool = True) -> KernelState:
@@ -72,20 +73,26 @@ def test_a_router() -> None:
         ip -6 route add local default dev lo table 133 proto 133
         ip -4 rule add priority 1337 fwmark 0x539/0xfff lookup 133 protocol 133
         ip -6 rule add priority 1337 fwmark 0x539/0xfff lookup 133 protocol 133
-        chain prerouting at prerouting:
+        chain prerouting at prerouting behind nat:
             in through lo → accept
-            ICMP, not to an address of this host, meets a transparent socket → set mark 0x539/0xfff and accept
+            ICMP, not to an address of this host, meets a transparent socket → goto home
             not TCP → accept
             not to an address of this host → goto passing
         chain passing:
-            not a SYN, meets a transparent socket → set mark 0x539/0xfff and accept
+            not a SYN, meets a transparent socket → goto home
             not a SYN → accept
             in through eth0, to port 80 → goto take_router
+        chain home:
+            meets a listener on every address → accept
+            anything → set mark 0x539/0xfff and accept
+        chain defrag:
+            IPv4 → tproxy IPv4 to port 9 and accept, if a socket is there
+            IPv6 → tproxy IPv6 to port 9 and accept, if a socket is there
         chain take_router:
             IPv4 → tproxy IPv4 to port 15001, set mark 0x539/0xfff and accept, if a socket is there
             IPv6 → tproxy IPv6 to port 15001, set mark 0x539/0xfff and accept, if a socket is there
             SYN → reject with tcp reset
-        """  # noqa: E501
+        """
     )
 
 
@@ -94,14 +101,20 @@ HOME = """
     ip -6 route add local default dev lo table 133 proto 133
     ip -4 rule add priority 1337 fwmark 0x539/0xfff lookup 133 protocol 133
     ip -6 rule add priority 1337 fwmark 0x539/0xfff lookup 133 protocol 133
-    chain prerouting at prerouting:
+    chain prerouting at prerouting behind nat:
         in through lo → accept
-        ICMP, not to an address of this host, meets a transparent socket → set mark 0x539/0xfff and accept
+        ICMP, not to an address of this host, meets a transparent socket → goto home
         not TCP → accept
         not to an address of this host → goto passing
     chain passing:
-        not a SYN, meets a transparent socket → set mark 0x539/0xfff and accept
-    """  # noqa: E501
+        not a SYN, meets a transparent socket → goto home
+    chain home:
+        meets a listener on every address → accept
+        anything → set mark 0x539/0xfff and accept
+    chain defrag:
+        IPv4 → tproxy IPv4 to port 9 and accept, if a socket is there
+        IPv6 → tproxy IPv6 to port 9 and accept, if a socket is there
+    """
 
 
 def test_answers_of_remote_backends() -> None:
@@ -137,9 +150,12 @@ def test_redirect_in_the_clients_name(facts: Facts) -> None:
     """Both guards: by the socket, and by what connection tracking makes of our SYN."""
     state = wish(REDIRECT % "client", facts)
     assert {route.slot for route in state.routes} == {(4, 133, "default"), (6, 133, "default")}
-    guards = ["meets a transparent socket", "of an established connection"]
+    guards = [
+        "meets a transparent socket → jump collided",
+        "of an established connection → drop",
+    ]
     assert chain(state, "prerouting")[:2] == [
-        f"in through lo, mark 0x539/0xfff, SYN, {guard} → drop" for guard in guards
+        f"in through lo, mark 0x539/0xfff, SYN, {guard}" for guard in guards
     ]
     taken = "connection mark 0x539/0xfff, SYN → drop"
     assert (taken in chain(state, "prerouting")) == (facts is HOST)
@@ -191,7 +207,7 @@ def test_the_first_listener_that_matches_whichever_way_it_takes() -> None:
     intercept = { ports = [1], exclude_ports = [] }
     [[listener]]
     name = "two"
-    port = 2
+    port = 20
     intercept = { ports = [2], exclude_ports = [], via = "redirect" }
     [[listener]]
     name = "three"
@@ -199,15 +215,16 @@ def test_the_first_listener_that_matches_whichever_way_it_takes() -> None:
     intercept = { exclude_ports = [] }
     """
     state = wish(text)
+    # What nat has redirected comes to the listener's own port.
     assert chain(state, "prerouting")[-3:] == [
+        "to port 20 → accept",
         "to port 1 → goto take_one",
-        "to port 2 → accept",
         "anything → goto take_three",
     ]
-    # What listener three takes comes by no redirect any more: no rule for it.
+    # What listener three takes is asked for behind the last redirect: no rule for it.
     assert chain(state, "nat_prerouting")[-2:] == [
         "to port 1 → accept",
-        "to port 2 → redirect to port 2",
+        "to port 2 → redirect to port 20",
     ]
 
 
