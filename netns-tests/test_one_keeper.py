@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import tempfile
 import time
 
 import pytest
-from lib.daemon import Daemon, tproxyd
+from lib.daemon import ROOT, TPROXYD, Daemon, tproxyd
 from lib.reconciler import Supervisor
 from lib.streams import assert_talks
 from lib.topology import Topology
@@ -96,3 +98,34 @@ def test_one_that_is_frozen_is_named_all_the_same(net: Topology) -> None:
             os.kill(keeper, signal.SIGCONT)
         assert done.returncode == 3
         assert f"tproxyd (process {keeper}) already keeps" in done.stderr
+
+
+@pytest.mark.parametrize("words", [("clean",), ("run", "--install"), ("exec", "--", "true")])
+def test_what_may_not_write_takes_nothing_from_what_serves(
+    net: Topology, words: tuple[str, ...]
+) -> None:
+    """Root without CAP_NET_ADMIN could still set the sysctls back, and no answer came home."""
+    assert tproxyd(net.pod, "install").returncode == 0
+    with Daemon(net.pod, install=False):
+        pair, made = net.pair(), net.pod.dump()
+        without = net.pod.argv("setpriv", "--bounding-set=-net_admin", *TPROXYD)
+        verb, *rest = words
+        with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
+            file.write('admin = ""\n[[listener]]\nport = 15007\n')
+            file.flush()
+            done = subprocess.run(
+                [*without, verb, "-c", file.name, *rest],
+                capture_output=True,
+                text=True,
+                check=False,
+                cwd=ROOT,
+                timeout=30,
+            )
+        assert done.returncode == 3
+        assert "CAP_NET_ADMIN" in done.stderr
+        assert "done all the same" not in done.stderr
+        assert "nft_compat" not in done.stderr
+        assert net.pod.dump() == made
+        assert_talks(pair)
+        assert_talks(net.pair())
+    assert tproxyd(net.pod, "clean").returncode == 0

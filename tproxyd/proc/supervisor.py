@@ -185,7 +185,11 @@ class Supervisor:
             generation.serve()
         await endpoints.serve()
         self._installed = self._install  # from here on there may be something to remove
-        await self._keep_kernel()
+        try:
+            await self._keep_kernel()
+        except KernelError as error:  # what stood before and stands yet is not ours to remove
+            self._installed = self._install and error.wrote
+            raise
         self._ready = True
         await self._inheritance.settle()
         self._on_trial = False

@@ -228,13 +228,18 @@ def tells_verbs(_: Config) -> Kernel:
     return kernel
 
 
-def refuses_install(config: Config) -> Kernel:
+def refuses_install(config: Config, *, wrote: bool = False) -> Kernel:
     def kernel(verb: Verb) -> Report:
         if verb is Verb.INSTALL:
-            raise KernelError("install the kernel state", "it is forbidden", "ask somebody")
+            why = "it is forbidden"
+            raise KernelError("install the kernel state", why, "ask somebody", wrote=wrote)
         return tells_verbs(config)(verb)
 
     return kernel
+
+
+def fails_halfway(config: Config) -> Kernel:
+    return refuses_install(config, wrote=True)
 
 
 def cannot_be_read(_: Config) -> Kernel:
