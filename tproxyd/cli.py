@@ -286,7 +286,7 @@ def top(args: argparse.Namespace) -> int:
         if (error.name or "").partition(".")[0] != "rich":
             raise
         raise Unreachable(
-            "can't draw top: the package rich is not installed; try pip install 'tproxyd[top]',"
+            "can't draw top: the package rich is not installed; try scripts/install --with top,"
             " or tproxyd status --connections"
         ) from None
     top.run(config, Sort(args.sort), once=args.once, as_json=args.json)

@@ -511,8 +511,8 @@ def test_top_without_rich_says_how_to_get_it(toml: Toml) -> None:
     )
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
-        "tproxyd: can't draw top: the package rich is not installed; try pip install"
-        " 'tproxyd[top]', or tproxyd status --connections\n"
+        "tproxyd: can't draw top: the package rich is not installed; try scripts/install"
+        " --with top, or tproxyd status --connections\n"
     )
 
 
