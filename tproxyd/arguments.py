@@ -22,6 +22,16 @@ ISTIO_IPTABLES = "istio-iptables"
 
 Command = Callable[[argparse.Namespace], int]  # its exit code
 
+_BY_DEFAULT = f"; by default ${environment.FILE}, {DEFAULT_FILE}, or the built-in defaults"
+# What -c is to those that do not use the configuration itself.
+_WHICH = "the configuration of the daemon that is meant, found by its admin endpoint"
+_FILE = {
+    "reload": f"{_WHICH}; another one than it reads is refused",
+    "upgrade": _WHICH,
+    "kill": _WHICH,
+    "clean": "not read: what is tproxyd's says so itself",
+}
+
 
 def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     """For `tproxyd COMMAND …`; `args.command` is the one of `commands` that was asked for."""
@@ -41,8 +51,7 @@ def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
             "-c",
             "--config",
             metavar="FILE",
-            help=f"the configuration; by default ${environment.FILE}, {DEFAULT_FILE}, or the"
-            " built-in defaults",
+            help=_FILE.get(name, "the configuration") + ("" if name == "clean" else _BY_DEFAULT),
         )
         return each
 

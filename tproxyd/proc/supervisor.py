@@ -80,13 +80,15 @@ class Supervisor:
         worker: Callable[[WorkerSpec], None],
         listening: Listening,
         reread: Callable[[], Config] | None = None,
+        origin: Callable[[], str] = lambda: "its configuration",
         command: Command | None = None,
         keep_sockets: bool = False,
         inheritance: upgrade.Inheritance | None = None,
     ) -> None:
-        """`reread` gives the configuration as it is now, for a reload."""
+        """`reread` gives the configuration as it is now, for a reload; `origin` says from where."""
         self._config, self._install, self._guard, self._kernel = config, install, guard, kernel
-        self._command, self._reread, self._keep_sockets = command, reread, keep_sockets
+        self._command, self._keep_sockets = command, keep_sockets
+        self._reread, self._origin = reread, origin
         self._worker = worker
         self._inheritance = inheritance or upgrade.Inheritance()
         self._lent = list(self._inheritance.listeners)
@@ -242,7 +244,7 @@ class Supervisor:
 
     def _open_endpoints(self, config: Config, before: socket.socket | None) -> Endpoints:
         commands: dict[str, Handler] = {
-            "reload": self._changes.handler("reload"),
+            "reload": change.of_its_file(self._changes.handler("reload"), self._origin),
             "upgrade": self._changes.handler("upgrade"),
             "kill": self._live.on_kill,
             "get": partial(pages.get, self._answers),
@@ -344,7 +346,8 @@ class Supervisor:
         if endpoints is not None:
             await self._move_to(endpoints)
         self._describe(new)
-        return f"reloaded in {(time.monotonic() - began) * 1000:.0f} ms"
+        took_ms = (time.monotonic() - began) * 1000
+        return f"reloaded in {took_ms:.0f} ms from {self._origin()}"
 
     def _go_back(self) -> None:
         try:
@@ -515,6 +518,7 @@ def serve(
     install: bool,
     guard: bool = False,
     reread: Callable[[], Config],
+    origin: Callable[[], str],
     command: Command | None = None,
     keep_sockets: bool = False,
 ) -> None:
@@ -540,6 +544,7 @@ def serve(
         worker=run,
         listening=listen,
         reread=reread,
+        origin=origin,
         command=command,
         keep_sockets=keep_sockets,
         inheritance=inheritance,

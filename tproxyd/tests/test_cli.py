@@ -68,7 +68,10 @@ def test_every_problem_at_once(tproxyd: Shown, toml: Callable[[str], str]) -> No
     assert tproxyd("check", "-c", path) == (2, "", said)
 
 
-@pytest.mark.parametrize("verb", ["run", "install", "rules", "check", "doctor", "status"])
+@pytest.mark.parametrize(
+    "verb",
+    ["run", "install", "reload", "upgrade", "rules", "check", "doctor", "status"],
+)
 def test_a_file_that_was_named_must_be_there(verb: str, tproxyd: Shown, tmp_path: Path) -> None:
     path = f"{tmp_path}/none.toml"
     said = f"tproxyd: can't use the configuration {path}:\n  there is no such file\n"
@@ -201,8 +204,10 @@ def test_run_serves(
         install: bool,
         guard: bool,
         reread: Callable[[], Config],
+        origin: Callable[[], str],
         keep_sockets: bool,
     ) -> None:
+        assert origin() == toml(Path(origin()).read_text())
         assert (reread(), keep_sockets) == (config, guard)
         served.append((config, install, guard))
 
