@@ -306,7 +306,11 @@ def ordinary(config: Config) -> list[Rule]:
         if listener.intercepts:
             continue
         everywhere = listener.bind in ("*", "0.0.0.0", "::")
-        there = PrefixSet() if everywhere else PrefixSet([parse_prefix(listener.bind)])
+        there = (
+            PrefixSet()
+            if everywhere
+            else PrefixSet([parse_prefix(listener.bind.partition("%")[0])])
+        )
         ports = ((listener.port, listener.port),)
         comment = f"connections to listener {listener.name} itself"
         rules += selection(
