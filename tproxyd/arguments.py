@@ -82,6 +82,7 @@ def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
         type=_user,
         help="names or numbers: whom CMD runs as; by default as tproxyd, without a capability",
     )
+    beside.usage = "%(prog)s [-h] [-c FILE] [--user USER[:GROUP]] -- CMD [ARG ...]"
     beside.add_argument("argv", nargs="+", metavar="-- CMD", help="it starts when the rules stand")
     for each in (
         command("install", "make the kernel state: rules, routes, firewall"),
@@ -96,9 +97,10 @@ def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     command("upgrade", "hand over to a new process of the program, as it is installed now")
     command("clean", "remove all kernel state of tproxyd, whatever configuration made it")
     command("check", "check the configuration only")
-    command("doctor", "find out why it does not work").add_argument("--json", action="store_true")
+    examined = command("doctor", "find out why it does not work")
+    examined.add_argument("--json", action="store_true", help="a list of objects, one a check")
     shown = command("status", "show the running daemon")
-    shown.add_argument("--json", action="store_true")
+    shown.add_argument("--json", action="store_true", help="all that there is to show, and more")
     shown.add_argument(
         "--connections",
         nargs="?",

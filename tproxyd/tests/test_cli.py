@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -51,7 +52,8 @@ def toml(tmp_path: Path) -> Callable[[str], str]:
 
 
 def test_check_says_what_is_there(tproxyd: Shown, toml: Callable[[str], str]) -> None:
-    two = '[[listener]]\nname = "a"\nport = 1\n[[listener]]\nname = "b"\nport = 2\n'
+    one = '[[listener]]\nname = "a"\nport = 1\nintercept.ports = [80]\n'
+    two = f'{one}[[listener]]\nname = "b"\nport = 2\n'
     path = toml(two)
     said = f"{path}: fine: 2 listeners: a on port 1, b on port 2\n"
     assert tproxyd("check", "-c", path) == (0, said, "")
@@ -129,6 +131,17 @@ def test_wrong_usage_is_2(argv: tuple[str, ...], capsys: pytest.CaptureFixture[s
         cli.main(argv)
     assert end.value.code == 2
     assert "usage: tproxyd" in capsys.readouterr().err
+
+
+def test_exec_says_how_it_is_used(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["exec", "--help"])
+    out = capsys.readouterr().out
+    assert out.startswith(
+        "usage: tproxyd exec [-h] [-c FILE] [--user USER[:GROUP]] -- CMD [ARG ...]\n"
+    )
+    listed = set(re.findall(r"^  (?:-\w, |-\w \w+, )?(--\w+)", out, re.MULTILINE))
+    assert listed == {"--help", "--config", "--user"}  # as in the line above
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
