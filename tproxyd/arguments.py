@@ -6,8 +6,10 @@ The man page and the completions of shells are made from this (scripts/lib/manua
 from __future__ import annotations
 
 import argparse
+import difflib
+import re
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from tproxyd import __version__, environment
 from tproxyd.addr import parse_prefix
@@ -33,9 +35,22 @@ _FILE = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its errors say what may have been meant, as those of the configuration do."""
+
+    def error(self, message: str) -> NoReturn:
+        if file := re.fullmatch(r"unrecognized arguments: ([^-]\S*[./]\S*)", message):
+            message += f"; did you mean -c {file[1]}?"
+        if choice := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+            words = re.findall(r"[\w-]+", choice[2])
+            near = difflib.get_close_matches(choice[1], words, n=1)
+            message += f"; did you mean {near[0]}?" if near else ""
+        super().error(message)
+
+
 def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     """For `tproxyd COMMAND …`; `args.command` is the one of `commands` that was asked for."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="tproxyd",
         description="A transparent proxy that keeps the client's source address.",
         epilog="Exit codes: 0 fine; 1 a problem found; 2 usage or configuration; "

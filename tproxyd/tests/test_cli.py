@@ -133,6 +133,25 @@ def test_wrong_usage_is_2(argv: tuple[str, ...], capsys: pytest.CaptureFixture[s
     assert "usage: tproxyd" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("argv", "hint"),
+    [
+        (("chek",), "; did you mean check?"),
+        (("rules", "--backend", "ntf"), "; did you mean nft?"),
+        (("check", "bad.toml"), "unrecognized arguments: bad.toml; did you mean -c bad.toml?"),
+        (("run", "etc/x"), "; did you mean -c etc/x?"),
+        (("check", "--file=x.toml"), "unrecognized arguments: --file=x.toml"),
+        (("dance",), "'istio-iptables')"),
+    ],
+)
+def test_what_may_have_been_meant(
+    argv: tuple[str, ...], hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(argv)
+    assert capsys.readouterr().err.endswith(f"{hint}\n")
+
+
 def test_exec_says_how_it_is_used(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["exec", "--help"])

@@ -199,7 +199,7 @@ bytes:
   sent      12345
 
 proxy headers:
-  1 accepted  7
+  v1 accepted  7
 
 accept pauses: 2
 """
