@@ -26,6 +26,7 @@ def test_the_second_daemon_refuses(net: Topology, guard: bool) -> None:
         with Daemon(net.pod, other, guard=guard, ready=False) as second:
             assert second.process.wait(15) == 3
             name = f"tproxyd (process {first.pid}: "
+            assert f"tproxyd: waiting for {name}" in second.stderr
             assert f"tproxyd: can't keep the kernel state: {name}" in second.stderr
             assert "already keeps the kernel state here; stop that one first" in second.stderr
         assert net.pod.dump() == made
@@ -50,6 +51,17 @@ def test_a_daemon_that_only_runs_is_no_keeper(net: Topology) -> None:
     with Daemon(net.pod, install=False):
         assert tproxyd(net.pod, "install").returncode == 0
         assert tproxyd(net.pod, "clean").returncode == 0
+
+
+def test_rules_of_another_configuration_are_not_replaced_in_silence(net: Topology) -> None:
+    said = "rules of another configuration stood here, and were replaced"
+    assert tproxyd(net.pod, "install").returncode == 0
+    with Daemon(net.pod) as daemon:  # the same
+        assert said not in daemon.stderr
+        os.kill(daemon.pid, signal.SIGKILL)
+    with Daemon(net.pod, "table = 7\n") as daemon:
+        assert said in daemon.stderr
+        assert daemon.stop() == 0
 
 
 def test_another_network_namespace_is_another_state(net: Topology) -> None:

@@ -56,6 +56,7 @@ class Report:
     wrong: tuple[str, ...] = ()  # of what was there, where it was changed
     installed: bool = False  # the kernel holds something of ours
     return_path: ReturnPath | None = None  # how answers on this host find home, if there are any
+    replaced: bool = False  # what was changed stood before, and was another
 
 
 class World(Protocol):
@@ -245,6 +246,7 @@ def _reconcile(
     errors: list[KernelError] = []
     wrong: list[str] = []
     failed: set[Stage] = set()
+    replaced = False
     # Install must not write over what it cannot read; clean cleans what can be read.
     have = before = _read(world, errors if want == EMPTY else None, failed)
     changes = diff(have, want)
@@ -260,13 +262,14 @@ def _reconcile(
         else:
             changed.append(str(change))
             wrong.append(change.symptom)
+            replaced = replaced or bool(change.old)
     if changed or failed:
         have = _read(world, errors)
     left = tuple(map(str, diff(have, want)))
     if errors or left:
         wrote = bool(changed or diff(before, have))  # one that failed may have come halfway
         raise _failure(errors, changed, left, wrote=wrote)
-    return Report(tuple(changed), (), said, tuple(wrong), have != EMPTY, chosen)
+    return Report(tuple(changed), (), said, tuple(wrong), have != EMPTY, chosen, replaced)
 
 
 def _is_left_out(stage: Stage, failed: set[Stage]) -> bool:

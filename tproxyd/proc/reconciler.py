@@ -367,6 +367,7 @@ def _report(said: dict[str, Any]) -> Report:
         installed=said["installed"],
         return_path=said["return_path"],
         wrong=tuple(said["wrong"]),
+        replaced=said["replaced"],
     )
 
 

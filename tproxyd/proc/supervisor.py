@@ -264,8 +264,11 @@ class Supervisor:
     async def _keep_kernel(self) -> None:
         """Make, or keep, the kernel state, where that is for us to do."""
         if self._install:
-            for note in (await self._kernel.install()).notes:
+            report = await self._kernel.install()
+            for note in report.notes:
                 log.info("%s", note)
+            if report.replaced:
+                log.warning("rules of another configuration stood here, and were replaced")
         elif self._guard:
             await self._kernel.guard()
 
@@ -504,8 +507,16 @@ class Supervisor:
             self._roster.retire(generation, keep, "stop")
             return  # who is the next to serve should not have to wait for them
         else:
+            self._say_what_is_open(generation.config.drain_timeout_s)
             self._roster.drain()
         await self._roster.gone()
+
+    def _say_what_is_open(self, seconds: float) -> None:
+        count = sum(each.active(slot) for each in self._roster for slot in each.slots)
+        if count and not self._hurry.is_set():
+            connections = "1 connection is" if count == 1 else f"{count} connections are"
+            text = "%s open: waiting %g s at most; a second signal cuts that short"
+            log.info(text, connections, seconds)
 
     def _standing(self) -> Standing:
         phase = "stopping" if self._ending else "ready" if self._ready else "starting"

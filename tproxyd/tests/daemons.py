@@ -145,6 +145,8 @@ def talks_nonsense(spec: WorkerSpec) -> None:
 
 
 def leaves_only_when_cut(spec: WorkerSpec) -> None:
+    """For it has a connection."""
+    spec.page.rows[spec.slot][Layout(spec.config).index(ACTIVE, spec.config.listeners[0].name)] = 1
     spec.control.send(b"ready\n")
     while (word := hear(spec)) not in ("cut", ""):
         if word != watchdog.PING:

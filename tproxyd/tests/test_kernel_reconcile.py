@@ -90,6 +90,14 @@ def test_from_one_configuration_to_another(one: Config, other: Config) -> None:
     assert state_of(detour) == state_of(FakeKernel())
 
 
+def test_what_stood_and_was_another_is_replaced() -> None:
+    kernel = FakeKernel()
+    assert not install(CONFIG, world=kernel).replaced
+    kernel.routes.pop()
+    assert not install(CONFIG, world=kernel).replaced  # only made whole
+    assert install(OTHER, world=kernel).replaced
+
+
 def test_conntrack_after_accept_mark_puts_the_sysctls_back() -> None:
     kernel = FakeKernel()
     install(CONFIG, world=kernel)
