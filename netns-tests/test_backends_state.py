@@ -203,7 +203,7 @@ def test_without_python_iptables(
     before = dump(pod)
     done = tproxyd(pod, "install", config=rules("iptables-legacy"))
     assert done.returncode == 3
-    assert "No module named 'iptc'; pip install 'tproxyd[legacy]'" in done.stderr
+    assert "No module named 'iptc'; scripts/install --with legacy" in done.stderr
     assert tproxyd(pod, "clean").returncode == 0
     assert dump(pod) == before
 

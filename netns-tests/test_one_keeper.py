@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import tempfile
 import time
 
 import pytest
-from lib.daemon import Daemon, tproxyd
+from lib.daemon import ROOT, TPROXYD, Daemon, tproxyd
 from lib.reconciler import Supervisor
 from lib.streams import assert_talks
 from lib.topology import Topology
@@ -24,6 +26,7 @@ def test_the_second_daemon_refuses(net: Topology, guard: bool) -> None:
         with Daemon(net.pod, other, guard=guard, ready=False) as second:
             assert second.process.wait(15) == 3
             name = f"tproxyd (process {first.pid}: "
+            assert f"tproxyd: waiting for {name}" in second.stderr
             assert f"tproxyd: can't keep the kernel state: {name}" in second.stderr
             assert "already keeps the kernel state here; stop that one first" in second.stderr
         assert net.pod.dump() == made
@@ -48,6 +51,17 @@ def test_a_daemon_that_only_runs_is_no_keeper(net: Topology) -> None:
     with Daemon(net.pod, install=False):
         assert tproxyd(net.pod, "install").returncode == 0
         assert tproxyd(net.pod, "clean").returncode == 0
+
+
+def test_rules_of_another_configuration_are_not_replaced_in_silence(net: Topology) -> None:
+    said = "rules of another configuration stood here, and were replaced"
+    assert tproxyd(net.pod, "install").returncode == 0
+    with Daemon(net.pod) as daemon:  # the same
+        assert said not in daemon.stderr
+        os.kill(daemon.pid, signal.SIGKILL)
+    with Daemon(net.pod, "table = 7\n") as daemon:
+        assert said in daemon.stderr
+        assert daemon.stop() == 0
 
 
 def test_another_network_namespace_is_another_state(net: Topology) -> None:
@@ -96,3 +110,34 @@ def test_one_that_is_frozen_is_named_all_the_same(net: Topology) -> None:
             os.kill(keeper, signal.SIGCONT)
         assert done.returncode == 3
         assert f"tproxyd (process {keeper}) already keeps" in done.stderr
+
+
+@pytest.mark.parametrize("words", [("clean",), ("run", "--install"), ("exec", "--", "true")])
+def test_what_may_not_write_takes_nothing_from_what_serves(
+    net: Topology, words: tuple[str, ...]
+) -> None:
+    """Root without CAP_NET_ADMIN could still set the sysctls back, and no answer came home."""
+    assert tproxyd(net.pod, "install").returncode == 0
+    with Daemon(net.pod, install=False):
+        pair, made = net.pair(), net.pod.dump()
+        without = net.pod.argv("setpriv", "--bounding-set=-net_admin", *TPROXYD)
+        verb, *rest = words
+        with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
+            file.write('admin = ""\n[[listener]]\nport = 15007\n')
+            file.flush()
+            done = subprocess.run(
+                [*without, verb, "-c", file.name, *rest],
+                capture_output=True,
+                text=True,
+                check=False,
+                cwd=ROOT,
+                timeout=30,
+            )
+        assert done.returncode == 3
+        assert "CAP_NET_ADMIN" in done.stderr
+        assert "done all the same" not in done.stderr
+        assert "nft_compat" not in done.stderr
+        assert net.pod.dump() == made
+        assert_talks(pair)
+        assert_talks(net.pair())
+    assert tproxyd(net.pod, "clean").returncode == 0

@@ -214,9 +214,10 @@ def test_forwarded_traffic_is_not_taken(net: Topology, family: Family) -> None:
 
 def test_beside_tproxy(net: Topology, family: Family) -> None:
     """Two listeners, two ways: each has its own connections, whichever comes first."""
-    by_nat = redirect("ports = [80]", name="nat", port=15007)
+    by_nat = redirect("ports = [80, 8080]", name="nat", port=15007)
     other = '[[listener]]\nname = "rest"\n'
-    for config in (by_nat + other, other.replace("rest", "web") + by_nat):
+    web = '[[listener]]\nname = "web"\nintercept.ports = [80]\n'
+    for config in (by_nat + other, web + by_nat):
         with Daemon(net.pod, config) as daemon:
             assert is_taken(net, family)
             first = "nat" if config.startswith(by_nat) else "web"

@@ -196,6 +196,7 @@ def test_it_fits_a_phone_and_can_be_read(
     with Load(net):
         wait_says(browser, "#headline", "^Traffic flows")
         assert browser.run("return document.documentElement.scrollWidth") <= 360
+        assert browser.run(WORKERS_OVER) <= 0
         assert browser.run(CONTRAST) == []
     net.pod.run("nft", "delete", "table", "inet", "tproxyd")
     wait_says(browser, "#headline", "drifted")
@@ -203,6 +204,10 @@ def test_it_fits_a_phone_and_can_be_read(
     wait_for(lambda: browser.run(CONTRAST) == [], "readable colours", PATIENCE_S)
 
 
+WORKERS_OVER = """
+    const box = document.querySelector("#workers").closest(".scroll");
+    return box.scrollWidth - box.clientWidth;
+"""
 # Every element with a text of its own, against the first ground below it that is opaque: those of
 # less than 4.5 : 1.
 CONTRAST = """

@@ -107,6 +107,31 @@ def test_another_prefix(machine: Machine) -> None:
     assert files(machine) == before
 
 
+def test_an_upgrade_keeps_the_extras(machine: Machine) -> None:
+    machine.install("--with", "legacy")
+    has_it = ("/usr/local/lib/tproxyd/current/bin/python3", "-c", "import iptc")
+    assert machine.try_run(*has_it).returncode == 0
+    machine.sh("cp -r /src/. /tmp/next && echo '# new' >>/tmp/next/tproxyd/__init__.py")
+    machine.run("/tmp/next/scripts/install")
+    machine.sh("rm -r /tmp/next")
+    assert machine.try_run(*has_it).returncode == 0
+
+
+def test_an_extra_that_there_is_not(machine: Machine) -> None:
+    before = files(machine)
+    done = machine.try_run("/src/scripts/install", "--with", "legacy,nonsense")
+    assert done.returncode == 1
+    assert 'there is no extra "nonsense"; try one of: legacy, top' in done.stderr
+    assert files(machine) == before
+
+
+def test_help(machine: Machine) -> None:
+    done = machine.try_run("/src/scripts/install", "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "[--with EXTRA,...]" in done.stdout
+    assert "An upgrade keeps those of before" in done.stdout
+
+
 def test_a_failed_installation_leaves_the_old_one(machine: Machine) -> None:
     machine.install()
     before = files(machine)

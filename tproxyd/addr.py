@@ -161,6 +161,10 @@ class PrefixSet:
         ip = parse_ip(host)
         return any(ip in network for network in self.networks if network.version == ip.version)
 
+    def covers(self, other: PrefixSet) -> bool:
+        """Whether every address of `other` is in this one."""
+        return PrefixSet((*self.networks, *other.networks)) == self
+
     def __bool__(self) -> bool:
         return bool(self.networks)
 
@@ -179,6 +183,8 @@ def parse_prefix(text: str) -> IPNetwork:
 
     A v4-mapped prefix (::ffff:10.0.0.0/104) is folded: addresses are, so it would never match.
     """
+    if "%" in text:  # ipaddress keeps it, and the kernel has no field for it
+        raise ValueError(f'"{text}": a prefix has no zone ("%")')
     try:
         network = ipaddress.ip_network(text)
     except ValueError:

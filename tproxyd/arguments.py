@@ -6,8 +6,10 @@ The man page and the completions of shells are made from this (scripts/lib/manua
 from __future__ import annotations
 
 import argparse
+import difflib
+import re
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from tproxyd import __version__, environment
 from tproxyd.addr import parse_prefix
@@ -22,10 +24,33 @@ ISTIO_IPTABLES = "istio-iptables"
 
 Command = Callable[[argparse.Namespace], int]  # its exit code
 
+_BY_DEFAULT = f"; by default ${environment.FILE}, {DEFAULT_FILE}, or the built-in defaults"
+# What -c is to those that do not use the configuration itself.
+_WHICH = "the configuration of the daemon that is meant, found by its admin endpoint"
+_FILE = {
+    "reload": f"{_WHICH}; another one than it reads is refused",
+    "upgrade": _WHICH,
+    "kill": _WHICH,
+    "clean": "not read: what is tproxyd's says so itself",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Its errors say what may have been meant, as those of the configuration do."""
+
+    def error(self, message: str) -> NoReturn:
+        if file := re.fullmatch(r"unrecognized arguments: ([^-]\S*[./]\S*)", message):
+            message += f"; did you mean -c {file[1]}?"
+        if choice := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+            words = re.findall(r"[\w-]+", choice[2])
+            near = difflib.get_close_matches(choice[1], words, n=1)
+            message += f"; did you mean {near[0]}?" if near else ""
+        super().error(message)
+
 
 def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     """For `tproxyd COMMAND …`; `args.command` is the one of `commands` that was asked for."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="tproxyd",
         description="A transparent proxy that keeps the client's source address.",
         epilog="Exit codes: 0 fine; 1 a problem found; 2 usage or configuration; "
@@ -41,8 +66,7 @@ def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
             "-c",
             "--config",
             metavar="FILE",
-            help=f"the configuration; by default ${environment.FILE}, {DEFAULT_FILE}, or the"
-            " built-in defaults",
+            help=_FILE.get(name, "the configuration") + ("" if name == "clean" else _BY_DEFAULT),
         )
         return each
 
@@ -73,6 +97,7 @@ def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
         type=_user,
         help="names or numbers: whom CMD runs as; by default as tproxyd, without a capability",
     )
+    beside.usage = "%(prog)s [-h] [-c FILE] [--user USER[:GROUP]] -- CMD [ARG ...]"
     beside.add_argument("argv", nargs="+", metavar="-- CMD", help="it starts when the rules stand")
     for each in (
         command("install", "make the kernel state: rules, routes, firewall"),
@@ -87,9 +112,10 @@ def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     command("upgrade", "hand over to a new process of the program, as it is installed now")
     command("clean", "remove all kernel state of tproxyd, whatever configuration made it")
     command("check", "check the configuration only")
-    command("doctor", "find out why it does not work").add_argument("--json", action="store_true")
+    examined = command("doctor", "find out why it does not work")
+    examined.add_argument("--json", action="store_true", help="a list of objects, one a check")
     shown = command("status", "show the running daemon")
-    shown.add_argument("--json", action="store_true")
+    shown.add_argument("--json", action="store_true", help="all that there is to show, and more")
     shown.add_argument(
         "--connections",
         nargs="?",

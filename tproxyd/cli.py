@@ -28,7 +28,7 @@ from tproxyd import arguments, stdio
 from tproxyd.arguments import ISTIO_IPTABLES
 from tproxyd.config import Backend, Config
 from tproxyd.configfile import only_admin
-from tproxyd.configsource import command_line, origin, read_config
+from tproxyd.configsource import command_line, named, origin, read_config
 from tproxyd.errors import ConfigError, KernelError, TproxydError, Unreachable
 from tproxyd.proc.rows import Sort
 
@@ -113,6 +113,7 @@ def run(args: argparse.Namespace) -> int:
             install=args.install,
             guard=args.guard,
             reread=functools.partial(read_config, args.config),
+            origin=functools.partial(origin, args.config),
             keep_sockets=args.keep_sockets,
         )
     except KernelError as error:
@@ -132,29 +133,41 @@ def exec(args: argparse.Namespace) -> int:
     command = Command(args.argv, args.user)
     try:
         command.check()
-        reread = functools.partial(read_config, args.config)
-        supervisor.serve(config, install=True, reread=reread, command=command)
+        supervisor.serve(
+            config,
+            install=True,
+            reread=functools.partial(read_config, args.config),
+            origin=functools.partial(origin, args.config),
+            command=command,
+        )
     except KernelError as error:
         return _stopped(error, command.code if command.started else REFUSED)
     return command.code
 
 
 def reload(args: argparse.Namespace) -> int:
-    """The daemon reads its own file: ours only says which daemon, and may be what is wrong."""
+    """The daemon reads its own file: ours only says which daemon, and may be what is wrong.
+
+    One that was named has to be there, and to be the daemon's.
+    """
     from tproxyd.proc.ask import ask, the_one
 
+    file = named(args.config)
     try:
         config = read_config(args.config, only_admin)
     except ConfigError:
+        if file and not os.path.exists(file):
+            raise
         config = None
-    print(ask(the_one(config), {"verb": "reload"}, _CHANGE_TIMEOUT_S)["said"])
+    request = {"verb": "reload"} | ({"file": os.path.realpath(file)} if file else {})
+    print(ask(the_one(config), request, _CHANGE_TIMEOUT_S)["said"])
     return FINE
 
 
 def upgrade(args: argparse.Namespace) -> int:
     from tproxyd.proc.ask import ask, the_one
 
-    config = read_config(args.config)
+    config = read_config(args.config, only_admin)
     print(ask(the_one(config), {"verb": "upgrade"}, _CHANGE_TIMEOUT_S)["said"])
     return FINE
 
@@ -208,7 +221,7 @@ def istio_iptables(words: list[str]) -> int:
 
 def kill(args: argparse.Namespace) -> int:
     """An answer that names what was not ended is a problem found, and goes to stderr."""
-    config = read_config(args.config)
+    config = read_config(args.config, only_admin)
     from tproxyd.proc.ask import ask, name_of
 
     told = ask(name_of(config), {"verb": "kill", "ids": args.ids, "clients": args.client})
@@ -286,7 +299,7 @@ def top(args: argparse.Namespace) -> int:
         if (error.name or "").partition(".")[0] != "rich":
             raise
         raise Unreachable(
-            "can't draw top: the package rich is not installed; try pip install 'tproxyd[top]',"
+            "can't draw top: the package rich is not installed; try scripts/install --with top,"
             " or tproxyd status --connections"
         ) from None
     top.run(config, Sort(args.sort), once=args.once, as_json=args.json)

@@ -2,7 +2,8 @@
 
 Reading is two-staged. reader.Table pulls typed values out of the parsed TOML and writes down each
 thing that is wrong with its path; it never stops at the first. What only makes sense across values
-(two listeners on one port, an option of another kind of listener) is checked once the values stand.
+(an option of another kind of listener) is checked once the values stand, and what does across
+listeners in configchecks.py.
 Pure: the caller reads the file.
 """
 
@@ -31,6 +32,7 @@ from tproxyd.config import (
     SourceKind,
     Via,
 )
+from tproxyd.configchecks import across, never_reached, open_ports
 from tproxyd.environment import Overrides
 from tproxyd.errors import ConfigError, Problem
 from tproxyd.reader import Table
@@ -63,7 +65,9 @@ def parse(text: str, origin: str, variables: Mapping[str, str] = NO_VARIABLES) -
     overrides = Overrides(variables)
     overrides.lay_over(data, problems)
     config = _config(Table("", data, problems))
-    _cross_checks(config, problems)
+    problems += across(config)
+    if not problems:  # else a wrong value stands here as the default
+        problems += never_reached(config)
     if problems:
         raise ConfigError(origin, tuple(map(overrides.rename, problems)))
     return config
@@ -122,9 +126,12 @@ def _log(t: Table) -> Log:
         format=t.word("format", d.format),
         daemon_format=t.word("daemon_format", d.daemon_format),
     )
+    if log.access not in ("", "-", JOURNAL) and not log.access.startswith("/"):
+        why = "and the working directory of a daemon is no place"
+        t.problem("access", f'"{log.access}" is neither "-", "{JOURNAL}" nor a path from /, {why}')
     if log.access == JOURNAL and log.format != d.format:  # the default may stand in an example
         why = "means nothing in the journal, whose entries have fields"
-        t.problem("format", f'{why}; leave it away, or is "./journal" meant, a file?')
+        t.problem("format", f"{why}; leave it away, or name a file by its path from /")
     return log
 
 
@@ -208,6 +215,11 @@ def _intercept(t: Table) -> Intercept:
         exclude_uids=t.numbers("exclude_uids", d.exclude_uids),
         exclude_gids=t.numbers("exclude_gids", d.exclude_gids),
     )
+    if intercept.ports and not open_ports(intercept):
+        but = ", ".join(
+            f"{low}-{high}" if low < high else f"{low}" for low, high in intercept.exclude_ports
+        )
+        t.problem("ports", f"all of them are in exclude_ports ({but}), so nothing would be taken")
     if scope is Scope.FORWARD and intercept.via is not Via.TPROXY:
         t.problem("via", 'forwarded connections are taken by "tproxy" only')
     if outbound and intercept.via is not Via.REDIRECT:
@@ -253,14 +265,15 @@ _OF_LISTS = (
 def _kinds(t: Table, listener: Listener) -> None:
     """Options that do not go together."""
     d = Listener()
+    named = t.data.get("upstream", "original") != "original"  # be it wrongly
     if listener.bind:
         if listener.intercept != d.intercept:
             t.problem(
                 "intercept", "a listener with `bind` is an ordinary one and intercepts nothing"
             )
-        if not listener.upstream:
+        if not named:
             t.problem("upstream", 'a listener with `bind` needs one: upstream = ["10.0.0.5:80"]')
-    if not listener.upstream:
+    if not named:
         for key in _OF_LISTS:
             if getattr(listener, key) != getattr(d, key):
                 t.problem(key, 'means nothing without a list: upstream = ["10.0.0.5:80"]')
@@ -322,47 +335,3 @@ def _proxy_protocol(t: Table) -> ProxyProtocol:
     )
     t.finish()
     return entry
-
-
-def _cross_checks(config: Config, problems: list[Problem]) -> None:
-    names: dict[str, int] = {}
-    for i, listener in enumerate(config.listeners):
-        first = names.setdefault(listener.name, i)
-        if first != i:
-            text = f'"{listener.name}" is also the name of listener[{first}]'
-            problems.append(Problem(f"listener[{i}].name", text))
-        for j, other in enumerate(config.listeners[:i]):
-            if other.port == listener.port and not _apart(other.bind, listener.bind):
-                text = f"{listener.port} is also the port of listener[{j}]"
-                problems.append(Problem(f"listener[{i}].port", text))
-                break
-        if (
-            config.admin is not None
-            and config.admin.port == listener.port
-            and not _apart(config.admin.host, listener.bind)
-        ):
-            text = f"{listener.port} is the admin port too; change one of them"
-            problems.append(Problem(f"listener[{i}].port", text))
-        for j, other in enumerate(config.listeners):
-            for upstream in listener.upstream:
-                if upstream.port == other.port and _comes_to(upstream.host, other.bind):
-                    text = (
-                        f'"{upstream}" is listener[{j}] itself: it would be called by us, for ever'
-                    )
-                    problems.append(Problem(f"listener[{i}].upstream", text))
-    if config.table in (253, 254, 255):
-        text = f"{config.table} is one of the kernel's own tables (default, main, local)"
-        problems.append(Problem("table", text))
-
-
-def _comes_to(host: str, bind: str) -> bool:
-    """Whether what connects to that address comes, for certain, to a listener that is bound so."""
-    if host in ("127.0.0.1", "::1") and bind in ("", "*", "::" if ":" in host else "0.0.0.0"):
-        return True
-    return host == bind
-
-
-def _apart(one: str, other: str) -> bool:
-    """Whether two can listen on the same port at these addresses."""
-    every = ("", "*", "0.0.0.0", "::")
-    return one != other and one not in every and other not in every

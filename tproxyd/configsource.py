@@ -25,7 +25,7 @@ def read_config(path: str | None, parse: Parse = parse) -> Config:
     variables are laid over each of them.
     """
     variables = environment.ours(os.environ)
-    path = path or os.environ.get(environment.FILE) or None
+    path = named(path)
     try:
         with open(path or DEFAULT_FILE, encoding="utf-8") as file:
             text = file.read()
@@ -45,13 +45,17 @@ def read_config(path: str | None, parse: Parse = parse) -> Config:
 
 def command_line(verb: str, path: str | None) -> str:
     """The shell command of `verb` with the configuration that read_config(path) has read."""
-    path = path or os.environ.get(environment.FILE)
+    path = named(path)
     variables = environment.ours(os.environ).items()
     words = [f"{name}={shlex.quote(text)}" for name, text in variables]
     return " ".join([*words, "tproxyd", verb, *(["-c", shlex.quote(path)] if path else [])])
 
 
+def named(path: str | None) -> str | None:
+    """The file that was asked for, by -c or by the variable; None for the default one."""
+    return path or os.environ.get(environment.FILE) or None
+
+
 def origin(path: str | None) -> str:
-    """What read_config(path) has read, for people."""
-    path = path or os.environ.get(environment.FILE)
-    return path or (DEFAULT_FILE if os.path.exists(DEFAULT_FILE) else "built-in defaults")
+    """What read_config(path) reads, for people."""
+    return named(path) or (DEFAULT_FILE if os.path.exists(DEFAULT_FILE) else "built-in defaults")

@@ -75,11 +75,12 @@ class ConfigError(TproxydError):
 class KernelError(TproxydError):
     """The kernel, or the tool that speaks to it for us, refused.
 
-    `action` continues "can't …"; `hint` says what to try and is never empty.
+    `action` continues "can't …"; `hint` says what to try and is never empty. `wrote`: the kernel
+    state may be another one than before.
     """
 
-    def __init__(self, action: str, why: str, hint: str) -> None:
-        self.action, self.why, self.hint = action, why, hint
+    def __init__(self, action: str, why: str, hint: str, *, wrote: bool = False) -> None:
+        self.action, self.why, self.hint, self.wrote = action, why, hint, wrote
         super().__init__(f"can't {action}: {why}; {hint}")
 
 

@@ -16,7 +16,7 @@ BACKENDS = [
         "iptables-legacy",
         marks=pytest.mark.skipif(
             importlib.util.find_spec("iptc") is None,
-            reason="needs python-iptables; try: pip install 'tproxyd[legacy]'",
+            reason="needs python-iptables; try: pip install python-iptables",
         ),
     ),
 ]

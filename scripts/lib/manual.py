@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+from itertools import starmap
 from pathlib import Path
 from typing import NamedTuple
 
-from tproxyd import __version__, cli
+from tproxyd import __version__, cli, environment
 from tproxyd.arguments import ISTIO_IPTABLES
 from tproxyd.istio.flags import FLAGS
 
 PAGE = Path(__file__).resolve().parents[1] / "man" / "tproxyd.8"
 _COMMANDS = '.\\" the commands stand here\n'
+_VARIABLES = '.\\" the variables stand here\n'
 
 
 class Option(NamedTuple):
@@ -62,8 +64,7 @@ def _operand(action: argparse.Action) -> str:
 
 
 def _help(action: argparse.Action) -> str:
-    if action.help is None:
-        return {"json": "print JSON"}.get(action.dest, action.dest.replace("_", " "))
+    assert action.help, f"{action.option_strings} is not explained"
     return str(argparse.HelpFormatter("tproxyd")._expand_help(action))
 
 
@@ -80,9 +81,22 @@ def _istio_options() -> list[Option]:
 
 def man() -> str:
     page = PAGE.read_text()
-    assert _COMMANDS in page
     page = page.replace("@version@", __version__)
-    return page.replace(_COMMANDS, "".join(map(_section, verbs())))
+    for here, text in (
+        (_COMMANDS, "".join(map(_section, verbs()))),
+        (_VARIABLES, "".join(starmap(_variable, environment.VARIABLES.items()))),
+    ):
+        assert here in page
+        page = page.replace(here, text)
+    return page
+
+
+def _variable(name: str, meaning: tuple[tuple[str, ...], object]) -> str:
+    path = meaning[0]
+    where = ", of the listener that takes connections to this host"
+    if path[0] == environment.LISTENER:
+        return f".TP\n.B {name}\n{_roff('.'.join(path[1:]))}{where}\n"
+    return f".TP\n.B {name}\n{_roff('.'.join(path))}\n"
 
 
 def _section(verb: Verb) -> str:

@@ -8,12 +8,15 @@ and then is not believed.
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
 
 from tproxyd import peer
 from tproxyd.errors import KernelError
 from tproxyd.kernel import nslock
 from tproxyd.kernel.nslock import KEEPER
+
+log = logging.getLogger("tproxyd")
 
 # A holder that was told to leave, or whose daemon was killed, needs a moment: a heal, at most.
 PATIENCE_S = 5.0  # of a daemon: one that takes over waits for the one that goes
@@ -51,7 +54,11 @@ class Claim:
 def take(action: str, words: str, patience: float = PATIENCE_S) -> Claim:
     """The claim, or KernelError that names who has it; `words` are what others will be told."""
     try:
-        held = nslock.take(KEEPER, patience)
+        held = nslock.take(KEEPER, 0)
+        if held is None:
+            who = holder() or "another process"
+            log.info("waiting for %s to let go of the kernel state, %g s at most", who, patience)
+            held = nslock.take(KEEPER, patience)
     except PermissionError as error:
         why = error.strerror or str(error)
         raise KernelError(action, why, "run it as root, or give it CAP_NET_ADMIN") from error

@@ -33,6 +33,7 @@ from tproxyd.kernel.iptsave import (
 )
 from tproxyd.kernel.nft import Nft
 from tproxyd.kernel.state import Tables
+from tproxyd.linux import CAP_NET_ADMIN, capabilities
 
 _COMMAND: dict[Family, str] = {4: "iptables", 6: "ip6tables"}
 _IP: dict[Family, str] = {4: "ip", 6: "ip6"}
@@ -167,6 +168,8 @@ def _run(action: str, family: Family, verb: str, script: str | None = None) -> s
     except _Refused as refusal:
         lines = [line for line in str(refusal).splitlines() if line.strip()] or ["no reason given"]
         hint = f"does the kernel have {_MODULES}? Does another program change these tables?"
+        if CAP_NET_ADMIN not in capabilities():
+            hint = "run it as root, with CAP_NET_ADMIN"
         raise KernelError(action, "; ".join(lines[:2]), hint) from None
 
 

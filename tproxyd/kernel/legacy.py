@@ -49,7 +49,7 @@ from tproxyd.linux import CAP_NET_ADMIN, CAP_NET_RAW, CAPABILITY_NAMES, capabili
 LOCK = "/run/xtables.lock"
 LOCK_PATIENCE_S = 5.0
 _CHILD = "from tproxyd.kernel.legacy import child; child()"
-_INSTALL = "pip install 'tproxyd[legacy]', which needs a C compiler and Python's headers"
+_INSTALL = "scripts/install --with legacy, which takes a C compiler and Python's headers"
 _MODULES: dict[Family, str] = {
     4: "ip_tables, iptable_mangle, iptable_nat, xt_TPROXY, xt_socket, xt_connmark, xt_addrtype",
     6: "ip6_tables, ip6table_mangle, ip6table_nat, xt_TPROXY, xt_socket, xt_connmark, xt_addrtype",

@@ -8,15 +8,16 @@ What happens when a step fails:
 
 - On the way up nothing is built on it: the stages behind it are left out. Interception, the last of
   them, never stands without the way home, and an older state that works keeps working.
-- Removals go on, so that clean removes what can be removed; except that when the sysctl cannot be
-  given back, the rules and routes that remember it stay (state.py).
+- On the way down interception keeps what it stands on: where it cannot be read or removed, the way
+  home stays. Other removals go on, so that clean removes what can be removed; except that when the
+  sysctl cannot be given back, the rules and routes that remember it stay (state.py).
 - The KernelError says what was done all the same and what is still to do.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -56,6 +57,7 @@ class Report:
     wrong: tuple[str, ...] = ()  # of what was there, where it was changed
     installed: bool = False  # the kernel holds something of ours
     return_path: ReturnPath | None = None  # how answers on this host find home, if there are any
+    replaced: bool = False  # what was changed stood before, and was another
 
 
 class World(Protocol):
@@ -246,10 +248,11 @@ def clashes(config: Config) -> tuple[Clash, ...]:
 def reconcile(want: KernelState, world: World) -> Report:
     """Make the kernel hold exactly `want` of ours; KernelError when it does not in the end."""
     errors: list[KernelError] = []
+    failed: set[Stage] = set()
     with world.lock():
         # Install must not write over what it cannot read; clean cleans what can be read.
-        have = _read(world, errors if want == EMPTY else None)
-        return _reconcile(have, want, world, errors=errors)
+        have = _read(world, errors if want == EMPTY else None, failed)
+        return _reconcile(have, want, world, errors=errors, failed=failed)
 
 
 def _reconcile(
@@ -261,12 +264,14 @@ def _reconcile(
     *,
     make_room: MakeRoom | None = None,
     errors: Sequence[KernelError] = (),
+    failed: Set[Stage] = frozenset(),
 ) -> Report:
-    errors = [*errors]
-    changes = diff(have, want)
-    changed = [] if make_room is None else [*make_room()]
+    """`errors` and `failed` are of reading what it has."""
+    errors, failed = [*errors], {*failed}
     wrong: list[str] = []
-    failed: set[Stage] = set()
+    replaced = False
+    before, changes = have, diff(have, want)
+    changed = [] if make_room is None else [*make_room()]
     for change in changes:
         if _is_left_out(change.stage, failed):
             continue
@@ -278,45 +283,55 @@ def _reconcile(
         else:
             changed.append(str(change))
             wrong.append(change.symptom)
+            replaced = replaced or bool(change.old)
     if changed or failed:
         have = _read(world, errors)
     left = tuple(map(str, diff(have, want)))
     if errors or left:
-        raise _failure(errors, changed, left)
-    return Report(tuple(changed), (), said, tuple(wrong), have != EMPTY, chosen)
+        wrote = bool(changed or diff(before, have))  # one that failed may have come halfway
+        raise _failure(errors, changed, left, wrote=wrote)
+    return Report(tuple(changed), (), said, tuple(wrong), have != EMPTY, chosen, replaced)
 
 
 def _is_left_out(stage: Stage, failed: set[Stage]) -> bool:
     unbuilt = any(earlier.builds and earlier < stage for earlier in failed)
+    intercepted = Stage.DROP_FIREWALL in failed and stage > Stage.DROP_FIREWALL
     unreturned = Stage.DROP_SYSCTL in failed and stage > Stage.DROP_SYSCTL
-    return unbuilt or unreturned
+    return unbuilt or intercepted or unreturned
 
 
-def _read(world: World, errors: list[KernelError] | None = None) -> KernelState:
+def _read(
+    world: World,
+    errors: list[KernelError] | None = None,
+    failed: set[Stage] | None = None,
+) -> KernelState:
     """Everything of ours. With a list for the errors, what cannot be read counts as absent."""
     state, firewall, tables = EMPTY, EMPTY.firewall, EMPTY.iptables
-    try:
+    with _noted(errors):
         state = world.read_routing()
-    except KernelError as error:
-        if errors is None:
-            raise
-        errors.append(error)
-    try:
+    with _noted(errors, failed):
         firewall = world.read_firewall()
-    except KernelError as error:
-        if errors is None:
-            raise
-        errors.append(error)
-    try:
+    with _noted(errors, failed):
         tables = world.read_tables()
-    except KernelError as error:
-        if errors is None:
-            raise
-        errors.append(error)
     return replace(state, firewall=firewall, iptables=tables)
 
 
-def _failure(errors: list[KernelError], changed: list[str], left: tuple[str, ...]) -> KernelError:
+@contextlib.contextmanager
+def _noted(errors: list[KernelError] | None, failed: set[Stage] | None = None) -> Iterator[None]:
+    """A refusal to be read, written down where there is a list; `failed`: interception's."""
+    try:
+        yield
+    except KernelError as error:
+        if errors is None:
+            raise
+        errors.append(error)
+        if failed is not None:
+            failed.add(Stage.DROP_FIREWALL)  # who knows what stands
+
+
+def _failure(
+    errors: list[KernelError], changed: list[str], left: tuple[str, ...], *, wrote: bool
+) -> KernelError:
     """One error that tells everything: what was refused, what was done, what is missing."""
     told = dict.fromkeys(map(str, errors))
     lines = [("also", text) for text in [*told][1:]]
@@ -325,7 +340,7 @@ def _failure(errors: list[KernelError], changed: list[str], left: tuple[str, ...
     more = "".join(f"\n  {label}: {text}" for label, text in dict.fromkeys(lines))
     if not errors:
         why, hint = "what was written reads back differently", "does another program change it?"
-        return KernelError("make the kernel state", why, hint + more)
-    failure = KernelError(errors[0].action, errors[0].why, errors[0].hint + more)
+        return KernelError("make the kernel state", why, hint + more, wrote=wrote)
+    failure = KernelError(errors[0].action, errors[0].why, errors[0].hint + more, wrote=wrote)
     failure.__cause__ = ExceptionGroup("every refusal", errors)
     return failure

@@ -110,7 +110,8 @@ def ordinary(config: Config) -> list[Rule]:
         if listener.intercepts:
             continue
         everywhere = listener.bind in ("*", "0.0.0.0", "::")
-        there = PrefixSet() if everywhere else PrefixSet([parse_prefix(listener.bind)])
+        host, _, _ = listener.bind.partition("%")
+        there = PrefixSet() if everywhere else PrefixSet([parse_prefix(host)])
         ports = ((listener.port, listener.port),)
         comment = f"connections to listener {listener.name} itself"
         rules += selection(

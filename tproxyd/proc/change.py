@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Coroutine
 
 from tproxyd.config import Config
@@ -86,6 +87,22 @@ def check(old: Config, new: Config) -> None:
     )
     if problems:
         raise ConfigError("by a reload", problems)
+
+
+def of_its_file(reload: Handler, origin: Callable[[], str]) -> Handler:
+    """As `reload`, for a daemon that reads `origin`; who names another file is told so."""
+
+    async def handler(request: Request) -> Answer:
+        _same_file(request.get("file"), origin())
+        return await reload(request)
+
+    return handler
+
+
+def _same_file(asked: str | None, reads: str) -> None:
+    if asked is not None and asked != os.path.realpath(reads):
+        text = f"was not read: the daemon that runs reads {reads}"
+        raise ConfigError(asked, (Problem("", text),))
 
 
 async def no_os_error(what: str, change: Change) -> str:

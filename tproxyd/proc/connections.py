@@ -116,7 +116,8 @@ class Connections:
             silent = await self._ask_each(orders)
             last = [part for parts in self._parts.values() for part in parts]
         killed = sum(part["killed"] for part in last)
-        log.info("ended %d connection%s, as asked by tproxyd kill", killed, "s"[: killed != 1])
+        if killed:
+            log.info("ended %d connection%s, as asked by tproxyd kill", killed, "s"[: killed != 1])
         missing += [each for part in last for each in part["missing"]]
         return {"killed": killed, "missing": missing, "silent": silent}
 

@@ -144,10 +144,11 @@ class Keeper:
                     fight = undone if self._pace.fighting and report.differs else ""
                     answer["trouble"] = self._trouble or fight
             except KernelError as error:
-                answer = {"error": [error.action, error.why, error.hint]}
+                answer = {"error": [error.action, error.why, error.hint], "wrote": error.wrote}
             except ImportError as error:  # replaced or removed since the start
                 again = "install tproxyd again, then: tproxyd clean"
-                answer = {"error": ["load what writes to the kernel", str(error), again]}
+                why = ["load what writes to the kernel", str(error), again]
+                answer = {"error": why, "wrote": True}  # who knows
             if verb is Verb.LEAVE:
                 return False
             self._say({**answer, "n": request["n"]})

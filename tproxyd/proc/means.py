@@ -24,6 +24,7 @@ class Report:
     installed: bool = False
     return_path: str = ""
     wrong: tuple[str, ...] = ()
+    replaced: bool = False
 
 
 class Verb(StrEnum):
@@ -95,7 +96,13 @@ def load_kernel(config: Config) -> Kernel:
                 raise AssertionError(verb)
         path = report.return_path or ""
         return Report(
-            report.changed, report.notes, report.differs, report.installed, path, report.wrong
+            report.changed,
+            report.notes,
+            report.differs,
+            report.installed,
+            path,
+            report.wrong,
+            report.replaced,
         )
 
     return do

@@ -300,12 +300,12 @@ class Reconciler:
                 if self._pid:  # `reaped` sees to what comes next
                     os.kill(self._pid, signal.SIGKILL)
                 why = f"no answer within {REQUEST_TIMEOUT_S:g} s"
-                raise KernelError(_ACTIONS[verb], why, "try tproxyd doctor") from None
+                raise KernelError(_ACTIONS[verb], why, "try tproxyd doctor", wrote=True) from None
             except OSError as error:
                 why = error.strerror or str(error)
-                raise KernelError(_ACTIONS[verb], why, "try tproxyd doctor") from error
+                raise KernelError(_ACTIONS[verb], why, "try tproxyd doctor", wrote=True) from error
         if "error" in answer:
-            raise KernelError(*answer["error"])
+            raise KernelError(*answer["error"], wrote=answer["wrote"])
         return answer
 
     async def _exchange(self, verb: Verb, config: Config | None) -> dict[str, Any]:
@@ -367,6 +367,7 @@ def _report(said: dict[str, Any]) -> Report:
         installed=said["installed"],
         return_path=said["return_path"],
         wrong=tuple(said["wrong"]),
+        replaced=said["replaced"],
     )
 
 

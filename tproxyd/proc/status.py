@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 from tproxyd.addr import Endpoint
 from tproxyd.config import Intercept, Listener, Scope, Via
-from tproxyd.flow.tally import ACTIVE, CONNECT_SECONDS, CONNECTIONS, METRICS, Kind
+from tproxyd.flow.tally import ACTIVE, CONNECT_SECONDS, CONNECTIONS, HEADERS, METRICS, Kind
 from tproxyd.proc import figures
 from tproxyd.proc.counters import Histogram, Samples
 from tproxyd.proc.figures import columns
@@ -313,6 +313,8 @@ def _lines(s: Snapshot) -> Iterator[str]:
         if metric is CONNECT_SECONDS or value is None:
             continue
         flat = dict(_flat(value, ()))
+        if metric is HEADERS:  # a bare 1 beside the counts would read as one of them
+            flat = {f"v{name}" if name[0].isdigit() else name: n for name, n in flat.items()}
         if any(flat.values()):
             yield ""
             name = metric.name.removeprefix("tproxyd_").replace("_", " ")

@@ -80,13 +80,15 @@ class Supervisor:
         worker: Callable[[WorkerSpec], None],
         listening: Listening,
         reread: Callable[[], Config] | None = None,
+        origin: Callable[[], str] = lambda: "its configuration",
         command: Command | None = None,
         keep_sockets: bool = False,
         inheritance: upgrade.Inheritance | None = None,
     ) -> None:
-        """`reread` gives the configuration as it is now, for a reload."""
+        """`reread` gives the configuration as it is now, for a reload; `origin` says from where."""
         self._config, self._install, self._guard, self._kernel = config, install, guard, kernel
-        self._command, self._reread, self._keep_sockets = command, reread, keep_sockets
+        self._command, self._keep_sockets = command, keep_sockets
+        self._reread, self._origin = reread, origin
         self._worker = worker
         self._inheritance = inheritance or upgrade.Inheritance()
         self._lent = list(self._inheritance.listeners)
@@ -185,7 +187,11 @@ class Supervisor:
             generation.serve()
         await endpoints.serve()
         self._installed = self._install  # from here on there may be something to remove
-        await self._keep_kernel()
+        try:
+            await self._keep_kernel()
+        except KernelError as error:  # what stood before and stands yet is not ours to remove
+            self._installed = self._install and error.wrote
+            raise
         self._ready = True
         await self._inheritance.settle()
         self._on_trial = False
@@ -238,7 +244,7 @@ class Supervisor:
 
     def _open_endpoints(self, config: Config, before: socket.socket | None) -> Endpoints:
         commands: dict[str, Handler] = {
-            "reload": self._changes.handler("reload"),
+            "reload": change.of_its_file(self._changes.handler("reload"), self._origin),
             "upgrade": self._changes.handler("upgrade"),
             "kill": self._live.on_kill,
             "get": partial(pages.get, self._answers),
@@ -258,8 +264,11 @@ class Supervisor:
     async def _keep_kernel(self) -> None:
         """Make, or keep, the kernel state, where that is for us to do."""
         if self._install:
-            for note in (await self._kernel.install()).notes:
+            report = await self._kernel.install()
+            for note in report.notes:
                 log.info("%s", note)
+            if report.replaced:
+                log.warning("rules of another configuration stood here, and were replaced")
         elif self._guard:
             await self._kernel.guard()
 
@@ -340,7 +349,8 @@ class Supervisor:
         if endpoints is not None:
             await self._move_to(endpoints)
         self._describe(new)
-        return f"reloaded in {(time.monotonic() - began) * 1000:.0f} ms"
+        took_ms = (time.monotonic() - began) * 1000
+        return f"reloaded in {took_ms:.0f} ms from {self._origin()}"
 
     def _go_back(self) -> None:
         try:
@@ -497,8 +507,16 @@ class Supervisor:
             self._roster.retire(generation, keep, "stop")
             return  # who is the next to serve should not have to wait for them
         else:
+            self._say_what_is_open(generation.config.drain_timeout_s)
             self._roster.drain()
         await self._roster.gone()
+
+    def _say_what_is_open(self, seconds: float) -> None:
+        count = sum(each.active(slot) for each in self._roster for slot in each.slots)
+        if count and not self._hurry.is_set():
+            connections = "1 connection is" if count == 1 else f"{count} connections are"
+            text = "%s open: waiting %g s at most; a second signal cuts that short"
+            log.info(text, connections, seconds)
 
     def _standing(self) -> Standing:
         phase = "stopping" if self._ending else "ready" if self._ready else "starting"
@@ -511,6 +529,7 @@ def serve(
     install: bool,
     guard: bool = False,
     reread: Callable[[], Config],
+    origin: Callable[[], str],
     command: Command | None = None,
     keep_sockets: bool = False,
 ) -> None:
@@ -536,6 +555,7 @@ def serve(
         worker=run,
         listening=listen,
         reread=reread,
+        origin=origin,
         command=command,
         keep_sockets=keep_sockets,
         inheritance=inheritance,

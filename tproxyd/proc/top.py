@@ -259,6 +259,10 @@ _COLUMNS: tuple[tuple[str, bool, Sort | None, _Cell], ...] = (
 # What 80 columns have room for, with what it is sorted by; and a wide screen.
 _NARROW = {"ID", "CLIENT", "UPSTREAM", "BYTES", "RATE", "AGE", "RTT"}
 _ONLY_NARROW = {"BYTES"}
+# What goes where there is no room for all: a figure of which a part is left is none.
+_LEAST_FIRST = ("RTT", "ID", "AGE", "UPSTREAM", "RATE")
+# Of the others, what may be cut, in this order and to how much: of CLIENT any IPv4 address stays.
+_CUT_TO = {"AS": 9, "VIA": 9, "LISTENER": 9, "UPSTREAM": 9, "CLIENT": 15}
 
 
 def _connections(seen: Seen, sort: Sort, width: int, rows: int) -> Table:
@@ -266,11 +270,18 @@ def _connections(seen: Seen, sort: Sort, width: int, rows: int) -> Table:
     names = {name for name, *_ in _COLUMNS} - _ONLY_NARROW if width >= _WIDE else set(_NARROW)
     if sort is Sort.IDLE:
         names.add("IDLE")
-    shown = [each for each in _COLUMNS if each[0] in names]
+    gap = 2 if width >= _WIDE else 1
+    widths = {
+        name: max(map(len, (name, *map(cell, listing["connections"][:rows]))))
+        for name, _, _, cell in _COLUMNS
+        if name in names
+    }
+    _fit(widths, width, gap, sort)
+    shown = [each for each in _COLUMNS if each[0] in widths]
     table = Table(
         box=None,
         pad_edge=False,
-        padding=(0, 2, 0, 0) if width >= _WIDE else (0, 1, 0, 0),
+        padding=(0, gap, 0, 0),
         header_style="dim",
         title=f"{listing['open']} open connections, by {sort}",
         title_justify="left",
@@ -282,12 +293,28 @@ def _connections(seen: Seen, sort: Sort, width: int, rows: int) -> Table:
             justify="right" if right else "left",
             no_wrap=True,
             overflow="ellipsis",
-            min_width=9 if name == "UPSTREAM" else None,
+            width=widths[name],
         )
     for row in listing["connections"][:rows]:
         style = "dim" if not row["rate"] else ""
         table.add_row(*(Text(cell(row)) for _, _, _, cell in shown), style=style)
     return table
+
+
+def _fit(widths: dict[str, int], width: int, gap: int, sort: Sort) -> None:
+    """Fewer and narrower columns, until they fit; the one that is sorted by stays."""
+    kept = {name for name, _, by, _ in _COLUMNS if by is sort}
+    for least in (*_LEAST_FIRST, ""):
+        over = sum(widths.values()) + gap * (len(widths) - 1) - width
+        spare = sum(max(0, widths.get(name, 0) - to) for name, to in _CUT_TO.items())
+        if over <= spare:
+            break
+        if least not in kept:
+            widths.pop(least, None)
+    for name, to in _CUT_TO.items():
+        if (cut := min(over, widths.get(name, 0) - to)) > 0:
+            widths[name] -= cut
+            over -= cut
 
 
 def _footer(sort: Sort) -> Text:

@@ -145,6 +145,8 @@ def talks_nonsense(spec: WorkerSpec) -> None:
 
 
 def leaves_only_when_cut(spec: WorkerSpec) -> None:
+    """For it has a connection."""
+    spec.page.rows[spec.slot][Layout(spec.config).index(ACTIVE, spec.config.listeners[0].name)] = 1
     spec.control.send(b"ready\n")
     while (word := hear(spec)) not in ("cut", ""):
         if word != watchdog.PING:
@@ -228,13 +230,18 @@ def tells_verbs(_: Config) -> Kernel:
     return kernel
 
 
-def refuses_install(config: Config) -> Kernel:
+def refuses_install(config: Config, *, wrote: bool = False) -> Kernel:
     def kernel(verb: Verb) -> Report:
         if verb is Verb.INSTALL:
-            raise KernelError("install the kernel state", "it is forbidden", "ask somebody")
+            why = "it is forbidden"
+            raise KernelError("install the kernel state", why, "ask somebody", wrote=wrote)
         return tells_verbs(config)(verb)
 
     return kernel
+
+
+def fails_halfway(config: Config) -> Kernel:
+    return refuses_install(config, wrote=True)
 
 
 def cannot_be_read(_: Config) -> Kernel:

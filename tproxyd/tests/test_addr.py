@@ -145,6 +145,7 @@ def test_parse_prefix(text: str, prefix: str) -> None:
         ("fd00::1/8", r'meant "fd00::/8"\?'),
         ("10.0.0.0/33", "is not an IP prefix"),
         ("10.0.0", "is not an IP prefix"),
+        ("fd00::1%eth0", "a prefix has no zone"),
         ("any", "is not an IP prefix"),
         ("", "is not an IP prefix"),
     ],

@@ -28,7 +28,8 @@ ALLOWED = {
     "stdio": set[str](),
     "config": {"addr", "reader"},
     "environment": {"errors"},
-    "configfile": {"config", "environment", "addr", "errors", "reader"},
+    "configchecks": {"config", "addr", "errors", "reader"},
+    "configfile": {"config", "configchecks", "environment", "addr", "errors", "reader"},
     "configsource": {"config", "configfile", "environment", "errors"},
     "flow": {"config", "addr", "errors", "linux"},
     "istio": {"flow", "kernel", "config", "addr", "errors", "linux"},
@@ -51,6 +52,7 @@ ALLOWED_MODULES = {"kernel": {"istio.options"}}
 PURE = {
     "addr",
     "config",
+    "configchecks",
     "configfile",
     "environment",
     "errors",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -51,7 +52,8 @@ def toml(tmp_path: Path) -> Callable[[str], str]:
 
 
 def test_check_says_what_is_there(tproxyd: Shown, toml: Callable[[str], str]) -> None:
-    two = '[[listener]]\nname = "a"\nport = 1\n[[listener]]\nname = "b"\nport = 2\n'
+    one = '[[listener]]\nname = "a"\nport = 1\nintercept.ports = [80]\n'
+    two = f'{one}[[listener]]\nname = "b"\nport = 2\n'
     path = toml(two)
     said = f"{path}: fine: 2 listeners: a on port 1, b on port 2\n"
     assert tproxyd("check", "-c", path) == (0, said, "")
@@ -68,7 +70,10 @@ def test_every_problem_at_once(tproxyd: Shown, toml: Callable[[str], str]) -> No
     assert tproxyd("check", "-c", path) == (2, "", said)
 
 
-@pytest.mark.parametrize("verb", ["run", "install", "rules", "check", "doctor", "status"])
+@pytest.mark.parametrize(
+    "verb",
+    ["run", "install", "reload", "upgrade", "rules", "check", "doctor", "status"],
+)
 def test_a_file_that_was_named_must_be_there(verb: str, tproxyd: Shown, tmp_path: Path) -> None:
     path = f"{tmp_path}/none.toml"
     said = f"tproxyd: can't use the configuration {path}:\n  there is no such file\n"
@@ -126,6 +131,36 @@ def test_wrong_usage_is_2(argv: tuple[str, ...], capsys: pytest.CaptureFixture[s
         cli.main(argv)
     assert end.value.code == 2
     assert "usage: tproxyd" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "hint"),
+    [
+        (("chek",), "; did you mean check?"),
+        (("rules", "--backend", "ntf"), "; did you mean nft?"),
+        (("check", "bad.toml"), "unrecognized arguments: bad.toml; did you mean -c bad.toml?"),
+        (("run", "etc/x"), "; did you mean -c etc/x?"),
+        (("check", "--file=x.toml"), "unrecognized arguments: --file=x.toml"),
+        (("dance",), "'istio-iptables')"),
+    ],
+)
+def test_what_may_have_been_meant(
+    argv: tuple[str, ...], hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(argv)
+    assert capsys.readouterr().err.endswith(f"{hint}\n")
+
+
+def test_exec_says_how_it_is_used(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["exec", "--help"])
+    out = capsys.readouterr().out
+    assert out.startswith(
+        "usage: tproxyd exec [-h] [-c FILE] [--user USER[:GROUP]] -- CMD [ARG ...]\n"
+    )
+    listed = set(re.findall(r"^  (?:-\w, |-\w \w+, )?(--\w+)", out, re.MULTILINE))
+    assert listed == {"--help", "--config", "--user"}  # as in the line above
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,8 +237,10 @@ def test_run_serves(
         install: bool,
         guard: bool,
         reread: Callable[[], Config],
+        origin: Callable[[], str],
         keep_sockets: bool,
     ) -> None:
+        assert origin() == toml(Path(origin()).read_text())
         assert (reread(), keep_sockets) == (config, guard)
         served.append((config, install, guard))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -193,7 +194,9 @@ def test_two_who_ask_at_once_get_their_own_answers() -> None:
     run(test)
 
 
-def test_kill_asks_those_whom_it_concerns() -> None:
+def test_kill_asks_those_whom_it_concerns(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+
     async def test() -> None:
         workers = Workers(pid1=[row("1-5-0000a")], pid2=[row("2-6-0000b")])
         told = await workers.connections.kill(["2-6-0000b", "2-7-0000c", "9-1-00000"], [])
@@ -204,6 +207,7 @@ def test_kill_asks_those_whom_it_concerns() -> None:
         assert [pid for pid, _ in workers.heard] == [2, 1, 2]
 
     run(test)
+    assert caplog.messages == ["ended 1 connection, as asked by tproxyd kill"]
 
 
 @pytest.mark.parametrize("name", ["", "1", "1-2", "1-2-3", "1-2-0000g", "x-2-00000", "-1-2-00000"])

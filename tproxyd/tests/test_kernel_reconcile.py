@@ -109,6 +109,14 @@ def test_from_one_configuration_to_another(one: Config, other: Config) -> None:
     assert state_of(detour) == state_of(FakeKernel())
 
 
+def test_what_stood_and_was_another_is_replaced() -> None:
+    kernel = FakeKernel()
+    assert not install(CONFIG, world=kernel).replaced
+    kernel.routes.pop()
+    assert not install(CONFIG, world=kernel).replaced  # only made whole
+    assert install(OTHER, world=kernel).replaced
+
+
 def test_conntrack_after_accept_mark_puts_the_sysctls_back() -> None:
     kernel = FakeKernel()
     install(CONFIG, world=kernel)
@@ -246,7 +254,10 @@ def test_a_failed_clean_goes_on_and_says_what_is_left(number: int) -> None:
     fail_at(kernel, number, refusal())
     with pytest.raises(KernelError, match="still to do"):
         clean(world=kernel)
-    if number in (1, 2, 3):  # a sysctl: the others are put back; what remembers it stays
+    if number == 0:  # interception: its clients need all the rest
+        assert kernel.written == []
+        assert kernel.firewall
+    elif number in (1, 2, 3):  # a sysctl: the others are put back; what remembers it stays
         stuck = MARK_SYSCTLS[number - 1]
         assert [name for name, value in kernel.sysctls.items() if value] == [stuck]
         assert stuck in kernel.remembers
@@ -260,7 +271,7 @@ def test_a_failed_clean_goes_on_and_says_what_is_left(number: int) -> None:
 
 def test_the_same_refusal_is_told_once() -> None:
     errors = [refusal(1), refusal(1), refusal(2), refusal(2)]
-    told = str(_failure(errors, [], ()))
+    told = str(_failure(errors, [], (), wrote=False))
     assert told.splitlines() == [str(refusal(1)), f"  also: {refusal(2)}"]
 
 
@@ -293,14 +304,31 @@ def test_every_refusal_is_told() -> None:
     assert caught.value.__cause__.exceptions == tuple(refused)
 
 
-def test_clean_without_an_nft_cleans_the_routes_and_says_so() -> None:
+def test_clean_takes_no_way_home_from_interception_that_it_cannot_read() -> None:
     kernel = FakeKernel()
     install(CONFIG, world=kernel)
-    kernel.unreadable = KernelError("talk to nftables", "no library", "apt install libnftables1")
-    with pytest.raises(KernelError, match="apt install libnftables1"):
+    before = state_of(kernel)
+    kernel.unreadable = KernelError("read the nft table", "CAP_NET_ADMIN is missing", "be root")
+    with pytest.raises(KernelError, match="still to do: put net") as caught:
         clean(world=kernel)
-    assert (kernel.routes, kernel.rules) == ([], [])
-    assert not any(kernel.sysctls.values())
+    assert state_of(kernel) == before
+    assert not caught.value.wrote
+
+
+def test_a_failed_install_tells_whether_it_has_written() -> None:
+    kernel = FakeKernel()
+
+    def refuse(_: Change) -> None:
+        raise refusal()
+
+    kernel.before_write = refuse
+    with pytest.raises(KernelError) as caught:
+        install(CONFIG, world=kernel)
+    assert not caught.value.wrote
+    fail_at(kernel, 1, refusal())
+    with pytest.raises(KernelError) as caught:
+        install(CONFIG, world=kernel)
+    assert caught.value.wrote
 
 
 def test_install_without_an_nft_writes_nothing() -> None:

@@ -199,7 +199,7 @@ bytes:
   sent      12345
 
 proxy headers:
-  1 accepted  7
+  v1 accepted  7
 
 accept pauses: 2
 """
@@ -498,6 +498,24 @@ def test_top_into_a_file_as_wide_as_one_wants(
     assert len(out.splitlines()[0]) == width
 
 
+@pytest.mark.parametrize("columns", [*range(36, 150, 3), 60, 80, 139, 140, 200])
+def test_top_cuts_no_figure(
+    columns: int, tproxyd: Shown, toml: Toml, admin_port: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    _, out, _ = tproxyd("top", "-c", toml(admin_port(*TOP).toml), "--sort", "age")
+    head, first, second = out.splitlines()[-3:]
+    for name, one, other in (
+        *(("BYTES", "5.6 MB", "0 B"), ("IN", "1.2 kB", "0 B"), ("OUT", "5.6 MB", "0 B")),
+        *(("RATE", "1.0 MB/s", "0 B/s"), ("AGE", "2 m", "2.0 s"), ("RTT", "1.2 ms", "-")),
+        ("ID", "4712-17-0c0de", "4712-19-0c0df"),
+    ):
+        assert name not in head.split() or (one in first and other in second)
+    assert ("IN" if columns >= 140 else "BYTES") in head.split()
+    assert "AGE" in head.split()  # by which it is sorted
+    assert max(map(len, (head, first, second))) <= columns
+
+
 def test_top_as_json_is_an_object_a_line(tproxyd: Shown, toml: Toml, admin_port: Start) -> None:
     _, out, _ = tproxyd("top", "--once", "--json", "-c", toml(admin_port(*TOP).toml))
     (line,) = out.splitlines()
@@ -511,8 +529,8 @@ def test_top_without_rich_says_how_to_get_it(toml: Toml) -> None:
     )
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
-        "tproxyd: can't draw top: the package rich is not installed; try pip install"
-        " 'tproxyd[top]', or tproxyd status --connections\n"
+        "tproxyd: can't draw top: the package rich is not installed; try scripts/install"
+        " --with top, or tproxyd status --connections\n"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -128,6 +129,25 @@ def test_kustomize_builds_what_is_validated_here() -> None:
     [container] = want["spec"]["template"]["spec"]["initContainers"]
     container["image"] = "registry.example/tproxyd:0.1.0"
     assert theirs == want
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl, which has kustomize in it")
+@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize("kind", ["Deployment", "StatefulSet", "DaemonSet"])
+def test_into_what_a_component_goes(kind: str, component: str, tmp_path: Path) -> None:
+    """Not into a DaemonSet, which may have the node's network: there it would take every port."""
+    [application] = [each for each in documents("base/whoami.yaml") if each["kind"] == "Deployment"]
+    application["kind"] = kind
+    (tmp_path / "application.yaml").write_text(yaml.safe_dump(application))
+    where = os.path.relpath(HERE / component, tmp_path.resolve())
+    kustomization = {"resources": ["application.yaml"], "components": [where]}
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+    build = ("kubectl", "kustomize", str(tmp_path))
+    done = subprocess.run(build, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    built = yaml.safe_load(done.stdout)
+    want = application if kind == "DaemonSet" else deployment(component) | {"kind": kind}
+    assert built == want
 
 
 # Our own words ------------------------------------------------------------------------------------

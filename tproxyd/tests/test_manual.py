@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tproxyd import arguments, cli
+from tproxyd import arguments, cli, environment
 from tproxyd.istio.flags import FLAGS
 
 MANUAL = Path(__file__).resolve().parents[2] / "scripts" / "lib" / "manual.py"
@@ -66,6 +66,15 @@ def test_the_page_has_every_flag(verb: str) -> None:
 def test_the_page_has_no_other_verb() -> None:
     text = made("man").replace(r"\-", "-")
     assert sorted(re.findall(r"^\.SS ([\w-]+)", text, re.M)) == VERBS
+
+
+def test_the_page_has_every_variable() -> None:
+    told = set(re.findall(r"^\.B (TPROXYD_\w+)$", made("man"), re.M))
+    assert told == {environment.FILE, *environment.VARIABLES}
+
+
+def test_names_begin_as_they_are_spelled() -> None:
+    assert re.findall(r"\b(?:Nft|Iptables|Tproxyd|Ip)\b", made("man")) == []
 
 
 @pytest.mark.skipif(shutil.which("groff") is None, reason="no groff; try: apt-get install groff")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tproxyd import environment
 from tproxyd.configfile import parse
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,6 +22,15 @@ def test_there_are_some() -> None:
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
 def test_it_is_valid(snippet: str) -> None:
     assert parse(snippet, "README.md").listeners
+
+
+def test_it_has_every_variable() -> None:
+    (table,) = re.findall(r"^\| variable \| setting \|\n(.*?)\n\n", TEXT, re.MULTILINE | re.DOTALL)
+    told = set(re.findall(r"`TPROXYD(_[A-Z_]+)`|`(_[A-Z_]+)`", table))
+    assert {"TPROXYD" + (one or other) for one, other in told} == {
+        *environment.VARIABLES,
+        environment.FILE,
+    }
 
 
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(#([a-z-]+)\)", TEXT))))

@@ -20,6 +20,7 @@ from tproxyd.tests.daemons import (
     Quiet,
     cannot_be_read,
     drifts_while,
+    fails_halfway,
     never_answers,
     not_installed,
     refuses_install,
@@ -72,12 +73,23 @@ def test_without_install_the_kernel_is_only_read() -> None:
         assert not [line for line in (*daemon.lines, *daemon.rest()) if line.startswith("kernel:")]
 
 
-def test_an_install_that_is_refused_is_undone() -> None:
-    with Daemon(load=refuses_install, install=True) as daemon:
+def test_an_install_that_fails_halfway_is_undone() -> None:
+    with Daemon(load=fails_halfway, install=True) as daemon:
         said = daemon.rest()
         assert daemon.wait() == 3
         assert said[-1] == "can't install the kernel state: it is forbidden; ask somebody"
         assert said[-4:-1] == ["kernel: stop intercepting", "worker 0 hears drain", "kernel: clean"]
+
+
+def test_an_install_that_wrote_nothing_removes_nothing() -> None:
+    with Daemon(load=refuses_install, install=True) as daemon:
+        said = daemon.rest()
+        assert daemon.wait() == 3
+        assert said[-2:] == [
+            "worker 0 hears drain",
+            "can't install the kernel state: it is forbidden; ask somebody",
+        ]
+        assert not [line for line in said if line.startswith("kernel:")]
 
 
 def test_drift_is_told_and_counted_once_and_makes_unready(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def check(
 
 # Full ---------------------------------------------------------------------------------------------
 
-LISTENER = '[[listener]]\nname = "x{0}"\nport = {0}\n'
+LISTENER = '[[listener]]\nname = "x{0}"\nport = {0}\nintercept.ports = [{0}]\n'
 
 
 @pytest.mark.parametrize(

@@ -406,6 +406,9 @@ def test_a_second_signal_cuts_the_drain_short(monkeypatch: pytest.MonkeyPatch) -
     with Daemon(leaves_only_when_cut, drain_timeout_s=3600.0) as daemon:
         daemon.wait_ready()
         daemon.signal(signal.SIGTERM)
+        daemon.wait_line(
+            "1 connection is open: waiting 3600 s at most; a second signal cuts that short"
+        )
         daemon.wait_line("worker 0 hears drain")
         assert daemon.get("/readyz") == (503, "stopping\n")
         assert daemon.status()["workers"][0]["state"] == "draining"

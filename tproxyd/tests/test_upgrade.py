@@ -112,6 +112,19 @@ def test_a_script_is_run_by_its_own_first_line(
     assert upgrading.program("/py", argv) == what
 
 
+def test_a_reload_names_the_file_and_takes_no_other(program: Upgradable, tmp_path: Path) -> None:
+    assert command("reload", program).stdout.endswith(f" ms from {program.file}\n")
+    other = tmp_path / "other.toml"
+    other.write_text(f'admin = "127.0.0.1:{program.admin_port}"\nworkers = "wrong"\n')
+    done = command("reload", program, other)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"{other}:\n  was not read: the daemon that runs reads {program.file}\n" in done.stderr
+    assert program.status()["reload"]["done"] == 1
+    other.unlink()
+    other.symlink_to(program.file)
+    assert command("reload", program, other).returncode == 0
+
+
 @pytest.mark.parametrize("verb", ["reload", "upgrade"])
 def test_by_command(program: Upgradable, verb: str) -> None:
     done = command(verb, program)
@@ -148,9 +161,11 @@ def test_a_stop_answers_who_waits_for_a_change(program: Upgradable) -> None:
     assert "can't upgrade: the daemon is stopping" in said
 
 
-def start_command(verb: str, program: Program, **environment: str) -> subprocess.Popen[str]:
+def start_command(
+    verb: str, program: Program, file: Path | None = None, **environment: str
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "tproxyd", verb, "-c", str(program.file)],
+        [sys.executable, "-m", "tproxyd", verb, "-c", str(file or program.file)],
         cwd=ROOT,
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
@@ -159,8 +174,10 @@ def start_command(verb: str, program: Program, **environment: str) -> subprocess
     )
 
 
-def command(verb: str, program: Program, **environment: str) -> subprocess.CompletedProcess[str]:
-    asking = start_command(verb, program, **environment)
+def command(
+    verb: str, program: Program, file: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    asking = start_command(verb, program, file, **environment)
     out, err = asking.communicate(timeout=30)
     return subprocess.CompletedProcess(asking.args, asking.returncode, out, err)
 
