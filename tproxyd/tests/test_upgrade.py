@@ -199,10 +199,12 @@ def test_the_new_process_serves_and_the_old_one_ends(program: Upgradable) -> Non
         assert (status["pid"], status["ready"]) == (new, True)
         assert echoes(old)  # the old one drains
         assert exists(program.pid)
-        with program.connect() as sock:
-            assert echoes(sock)
-            pids = [each["pid"] for each in program.status()["workers"] if each["active"]]
-            assert len(pids) == 1
+        for _ in patience("the old workers to hear that they retire"):
+            with program.connect() as sock:
+                assert echoes(sock)
+                pids = [each["pid"] for each in program.status()["workers"] if each["active"]]
+                if len(pids) == 1:
+                    break
     assert program.process.wait(10) == 0
     program.signal(signal.SIGTERM, new)
     program.rest()
