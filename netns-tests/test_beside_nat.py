@@ -1,12 +1,13 @@
 """Beside the nat rules of others: what they translate comes home, and what they send away goes.
 
 With nft, whose chains can be called behind nat. Those of iptables' mangle are called before it, and
-cannot tell (`tproxyd doctor` says so).
+cannot tell (`tproxyd doctor` says so). That a client on this host stays who it is, they can say.
 """
 
 from __future__ import annotations
 
 import pytest
+from lib.backends import needs_iptc, rules
 from lib.daemon import Daemon
 from lib.gateway import backend, end, through, to_neighbour
 from lib.streams import assert_talks
@@ -160,3 +161,44 @@ def test_a_router_of_a_published_port(net: Topology, family: Family, source: str
         end(pair)
         [record] = daemon.wait_log()
     assert record["close_reason"] == "downstream_fin"
+
+
+def masquerade_containers(net: Topology, family: Family, made_by: str) -> None:
+    """As Docker does: what they send to anywhere but their bridge. The client is one of them."""
+    v4 = family.name == "v4"
+    network = "10.9.1.0/24" if v4 else "fd00:9:1::/64"
+    if made_by == "nft":
+        rule = f"{'ip' if v4 else 'ip6'} saddr {network} oifname != docker0 masquerade"
+        chain = "type nat hook postrouting priority srcnat"
+        net.pod.nft(f"table inet docker {{\nchain post {{\n{chain}\n{rule}\n}}\n}}\n")
+        return
+    command = made_by if v4 else made_by.replace("iptables", "ip6tables")
+    words = f"-t nat -I POSTROUTING -s {network} ! -o docker0 -j MASQUERADE"
+    net.pod.run(command, *words.split())
+
+
+@pytest.mark.parametrize(
+    ("ours", "made_by"),
+    [
+        *(("nft", made_by) for made_by in ("nft", "iptables-nft", "iptables-legacy")),
+        ("iptables-nft", "iptables-nft"),
+        pytest.param("iptables-legacy", "iptables-legacy", marks=needs_iptc),
+    ],
+)
+def test_clients_that_are_masqueraded(
+    net: Topology, family: Family, ours: str, made_by: str
+) -> None:
+    """The application sees the container, though it is reached through no bridge of Docker's.
+
+    What is not ours is masqueraded as before.
+    """
+    masquerade_containers(net, family, made_by)
+    server = backend(net, family)
+    with Daemon(net.pod, f'{rules(ours)}return_path = "conntrack"\n'):
+        pair = net.pair(family)
+        assert pair.app.getpeername()[0] == family.client
+        assert_talks(pair)
+        client = net.keep(net.client.connect(family.beyond, PORT))
+        forwarded = Pair(client, net.keep(server.accept()[0]))
+        assert forwarded.app.getpeername()[0] == family.pod_beyond
+        assert_talks(forwarded)

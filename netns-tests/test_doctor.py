@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lib.backends import BACKENDS
 from lib.daemon import ROOT, TPROXYD, Daemon, tproxyd
 from lib.netns import MARK_SYSCTLS
 from lib.topology import V4, V6, Family, Topology
@@ -275,6 +276,49 @@ def test_nat_of_others(net: Topology, made_by: str) -> None:
     assert "behind interception" in behind
     assert nothing == ""
     assert "router are not masqueraded" in masqueraded
+
+
+WHAT_OTHERS_MASQUERADE = [
+    ("", True),
+    ("-s {client} ! -o docker0", True),  # as Docker does
+    ("-o l+", True),
+    ("-o p1", False),
+    ("! -o lo", False),
+]
+
+
+@pytest.mark.parametrize(("which", "told"), WHAT_OTHERS_MASQUERADE)
+@pytest.mark.parametrize("variant", ["nft", "legacy"])
+def test_others_that_masquerade_our_connections(
+    net: Topology, family: Family, variant: str, which: str, told: bool
+) -> None:
+    """Under accept-mark nothing of ours keeps them from it."""
+    command = f"{'iptables' if family is V4 else 'ip6tables'}-{variant}"
+    rule = f"{command} -t nat -A POSTROUTING {which.format(client=family.client)} -j MASQUERADE"
+    net.pod.run(*rule.split())
+
+    def nat(path: str, backend: str = "nft") -> str:
+        config = f'[rules]\nreturn_path = "{path}"\nbackend = "{backend}"\n'
+        check = complaints(tproxyd(net.pod, "doctor", "--json", config=config)).get("nat")
+        return check["detail"] if check else ""
+
+    assert ("does not see the client" in nat("accept-mark")) is told
+    assert nat("conntrack") == ""
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_nat_of_ours_and_of_dockers_resolver(net: Topology, backend: str) -> None:
+    """It is not that of others; and what the resolver in a container has, takes nothing of ours."""
+    config = f'[rules]\nreturn_path = "conntrack"\nbackend = "{backend}"\n'
+    for rule in (
+        "-N DOCKER_POSTROUTING",
+        "-A POSTROUTING -d 127.0.0.11/32 -j DOCKER_POSTROUTING",
+        "-A DOCKER_POSTROUTING -s 127.0.0.11/32 -p udp --sport 4053 -j SNAT --to-source :53",
+    ):
+        net.pod.run(backend, "-t", "nat", *rule.split())
+    tproxyd(net.pod, "install", config=config)
+    assert "TPROXYD_POSTROUTING" in net.pod.run(backend, "-t", "nat", "-S")
+    assert "nat" not in complaints(tproxyd(net.pod, "doctor", "--json", config=config))
 
 
 def test_ipv6_is_off(net: Topology) -> None:

@@ -9,17 +9,11 @@ import pytest
 
 from lib.netns import Namespace
 
-BACKENDS = [
-    "nft",
-    "iptables-nft",
-    pytest.param(
-        "iptables-legacy",
-        marks=pytest.mark.skipif(
-            importlib.util.find_spec("iptc") is None,
-            reason="needs python-iptables; try: pip install python-iptables",
-        ),
-    ),
-]
+needs_iptc = pytest.mark.skipif(
+    importlib.util.find_spec("iptc") is None,
+    reason="needs python-iptables; try: pip install python-iptables",
+)
+BACKENDS = ["nft", "iptables-nft", pytest.param("iptables-legacy", marks=needs_iptc)]
 
 
 def rules(backend: str, scheme: str = "lean") -> str:

@@ -14,6 +14,7 @@ from tproxyd.kernel.listening import Listening
 
 if TYPE_CHECKING:
     from tproxyd.kernel.clashes import Clash
+    from tproxyd.kernel.others import Nat
 
 _SYSCTL = Path("/proc/sys")
 
@@ -42,7 +43,7 @@ class Patient:
     differs: tuple[str, ...]  # how it differs from what the configuration wants
     listening: Listening | None  # None: the kernel does not tell
     clashes: tuple[Clash, ...]  # what others have where we want to be
-    nat: tuple[str, ...]  # the tables in which others have rules of nat
+    nat: tuple[Nat, ...]  # the tables in which others translate
     keeper: str  # the daemon that keeps the state as it should be; "" = nobody does
     unreadable: KernelError | None  # why the kernel state cannot be told
     backend: Backend  # never AUTO

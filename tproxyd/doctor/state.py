@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from tproxyd.config import Backend, Guard, Listener, OnCrash, Scheme, Scope, SourceKind, Via
+from tproxyd.config import (
+    Backend,
+    Guard,
+    Listener,
+    OnCrash,
+    ReturnPath,
+    Scheme,
+    Scope,
+    SourceKind,
+    Via,
+)
 from tproxyd.doctor.check import Check, Patient, Verdict
 from tproxyd.linux import CAP_NET_ADMIN, CAPABILITY_NAMES, capabilities
 
@@ -23,15 +33,15 @@ def clashes(patient: Patient) -> Iterator[Check]:
 
 
 def nat(patient: Patient) -> Iterator[Check]:
-    """What it does to interception, and the other way round: see kernel/chains.py.
+    """What it does to interception, and the other way round: see kernel/chains.py, natchains.py.
 
     Not asked where rules of nat may be our own.
     """
-    takes = [each for each in patient.config.listeners if each.intercepts]
-    ours = any(each.intercept.via is Via.REDIRECT for each in takes)
-    if not patient.nat or ours or patient.config.rules.scheme is Scheme.ISTIO:
+    if not patient.nat or patient.config.rules.scheme is Scheme.ISTIO:
         return
-    where = f"there are rules of nat ({', '.join(patient.nat)})"
+    takes = [each for each in patient.config.listeners if each.intercepts]
+    takes = [each for each in takes if each.intercept.via is Via.TPROXY]
+    where = _where(each.table for each in patient.nat)
     keeping = [
         each.name
         for each in takes
@@ -53,6 +63,19 @@ def nat(patient: Patient) -> Iterator[Check]:
             " masqueraded",
             'source = "client", where the router is to masquerade',
         )
+    on_lo = [each.table for each in patient.nat if each.on_lo]
+    if on_lo and patient.dials_here and patient.return_path is ReturnPath.ACCEPT_MARK:
+        yield Check(
+            "nat",
+            Verdict.WARN,
+            f"{_where(on_lo)}; where they masquerade what leaves through lo from a client, as our"
+            " connections to the application do, it does not see the client",
+            'rules.return_path = "conntrack" keeps those from nat',
+        )
+
+
+def _where(tables: Iterable[str]) -> str:
+    return f"there are rules of nat ({', '.join(tables)})"
 
 
 def listeners(patient: Patient) -> Iterator[Check]:

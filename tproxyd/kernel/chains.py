@@ -1,6 +1,6 @@
 """The packet rules for a Config, in the order in which a packet meets them, each with its reason.
 
-Seven chains may be called by the kernel or by another, one never is, and the rest are one for each
+Eight chains may be called by the kernel or by another, one never is, and the rest are one for each
 listener:
 
     prerouting      what comes in, behind nat and before it is routed: our own packets on lo, the
@@ -13,6 +13,8 @@ listener:
     output          the answers of applications, where connection tracking brings them home
     nat_prerouting  first packets of what comes in, for listeners that nat redirects
     nat_output      first packets of what is made here
+    nat_postrouting
+                    first packets of ours to applications: the client's address stays
 
 Only what somebody needs is there, and a chain with nothing in it is not.
 
@@ -63,7 +65,7 @@ from tproxyd.kernel.firewall import (
     Verdict,
     mark_mask,
 )
-from tproxyd.kernel.natchains import nat_output, nat_prerouting
+from tproxyd.kernel.natchains import nat_output, nat_postrouting, nat_prerouting
 from tproxyd.kernel.selectors import OTHER_PROTOCOLS, ordinary, reason, selection, with_scope
 
 
@@ -82,18 +84,23 @@ def firewall(
     mark = SetPacketMark(config.mark, mark_mask(config.mark))
     local = with_scope(config, Scope.LOCAL) if intercept else []
     forward = with_scope(config, Scope.FORWARD) if intercept else []
-    tracked = path is ReturnPath.CONNTRACK
+    tracked = here and path is ReturnPath.CONNTRACK
     chains = [
         Chain("prerouting", Hook.BEHIND_NAT, _prerouting(config, mark, local, path, here, home)),
         Chain("collided", None, COLLIDED if here else ()),
         Chain("passing", None, _passing(forward) if home else ()),
         Chain("home", None, _home(mark) if home else ()),
         Chain("defrag", None, _defrag(families) if home else ()),
-        Chain("output", Hook.OUTPUT, (recall(mark),) if here and tracked else ()),
+        Chain("output", Hook.OUTPUT, (recall(mark),) if tracked else ()),
         *(_take(each, families, None) for each in local if each.intercept.via is Via.TPROXY),
         *(_take(each, families, mark) for each in forward),
         Chain("nat_prerouting", Hook.NAT_PREROUTING, nat_prerouting(config, intercept)),
         Chain("nat_output", Hook.NAT_OUTPUT, nat_output(config, intercept)),
+        Chain(
+            "nat_postrouting",
+            Hook.NAT_POSTROUTING,
+            nat_postrouting(config, families) if tracked else (),
+        ),
     ]
     return tuple(chain for chain in chains if chain.rules)
 

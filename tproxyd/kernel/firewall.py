@@ -253,6 +253,16 @@ class Redirect:
 
 
 @dataclass(frozen=True, slots=True)
+class KeepSource:
+    """Map the source of the connection to itself; no chain of nat that comes later maps it again.
+
+    To accept it would not do: the kernel then asks the next chain.
+    """
+
+    family: Family
+
+
+@dataclass(frozen=True, slots=True)
 class SetConnMark:
     value: int
     mask: int
@@ -282,6 +292,7 @@ Action = (
     | Tproxy
     | Divert
     | Redirect
+    | KeepSource
     | SetPacketMark
     | SetConnMark
     | SaveMark
@@ -324,6 +335,7 @@ class Hook(StrEnum):
     OUTPUT = "output"  # of type route: a changed mark asks the routing tables again
     NAT_PREROUTING = "prerouting of nat"
     NAT_OUTPUT = "output of nat"
+    NAT_POSTROUTING = "postrouting of nat"  # before others, where it can be said
     RAW_PREROUTING = "prerouting of raw"
     RAW_OUTPUT = "output of raw"
 

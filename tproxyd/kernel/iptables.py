@@ -37,7 +37,10 @@ from tproxyd.linux import CAP_NET_ADMIN, capabilities
 
 _COMMAND: dict[Family, str] = {4: "iptables", 6: "ip6tables"}
 _IP: dict[Family, str] = {4: "ip", 6: "ip6"}
-_MODULES = "nft_compat, xt_TPROXY, xt_socket, xt_connmark, xt_mark, xt_addrtype, xt_conntrack"
+_MODULES = (
+    "nft_compat, nft_chain_nat, xt_TPROXY, xt_socket, xt_connmark, xt_mark, xt_addrtype,"
+    " xt_conntrack"
+)
 _INSTALL = "install it: apt install iptables"
 STRANGERS = "`tproxyd istio-iptables --cleanup-only` removes them, as istio-iptables itself does"
 

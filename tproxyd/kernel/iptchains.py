@@ -14,7 +14,8 @@ again. To refuse it is not possible here: REJECT is for the chains of the table 
 later, and no match asks for a listener on a port that is not the packet's own.
 
 **ACCEPT** ends the walk through the whole table, other programs' rules included. So what is not
-ours is returned, and only what we divert is accepted.
+ours is returned, and only two things are accepted: what we divert, and in nat our connections to
+applications, which are to keep their source.
 
 **Mangle comes before nat**, and no table with TPROXY behind it. So what nat translates as well does
 not work here: answers to what this host masquerades are not found to be ours, and a port that is
@@ -67,15 +68,15 @@ from tproxyd.kernel.firewall import (
     mark_mask,
 )
 from tproxyd.kernel.iptlang import ordered, port_sets
-from tproxyd.kernel.natchains import nat_output, nat_prerouting
+from tproxyd.kernel.natchains import KEPT_SOURCE, nat_output, nat_prerouting, upstream
 from tproxyd.kernel.selectors import OTHER_PROTOCOLS, ordinary, reason, selection, with_scope
 
 # iptables-restore takes 255 words a line (iptables/xshared.h, MAX_ARGC), and each of these is five.
 EXCLUDED = 32
 
 PREFIX = "TPROXYD_"
-_PREROUTING, _PASSING, _OUTPUT, _DIVERT = (
-    f"{PREFIX}{name}" for name in ("PREROUTING", "PASSING", "OUTPUT", "DIVERT")
+_PREROUTING, _PASSING, _OUTPUT, _POSTROUTING, _DIVERT = (
+    f"{PREFIX}{name}" for name in ("PREROUTING", "PASSING", "OUTPUT", "POSTROUTING", "DIVERT")
 )
 
 
@@ -94,7 +95,9 @@ def chains(
     local = [each for each in local if each.intercept.via is Via.TPROXY]
     forward = with_scope(config, Scope.FORWARD) if intercept else []
     tags = _tags(config, [*local, *forward])
-    recalls = (recall(mark),) if path is ReturnPath.CONNTRACK else ()
+    tracked = path is ReturnPath.CONNTRACK
+    recalls = (recall(mark),) if tracked else ()
+    keeps = (Rule((), Verdict.ACCEPT, KEPT_SOURCE),) if tracked else ()
     mangle = [
         Chain(_PREROUTING, None, _prerouting(config, mark, local, tags, path, home)),
         Chain(_PASSING, None, _passing(mark, forward, tags) if home else ()),
@@ -106,29 +109,34 @@ def chains(
     nat = [
         Chain(_PREROUTING, None, nat_prerouting(config, intercept)),
         Chain(_OUTPUT, None, nat_output(config, intercept)),
+        Chain(_POSTROUTING, None, keeps),
     ]
     wanted = [chain for chain in mangle if chain.rules]
     wanted += [replace(chain, table=Table.NAT) for chain in nat if chain.rules]
-    wanted = [_called(chain) for chain in wanted if chain.name in _CALLED] + wanted
+    asked = {_POSTROUTING: upstream(config)}
+    wanted = [
+        _called(chain, asked.get(chain.name, ())) for chain in wanted if chain.name in _CALLED
+    ] + wanted
     fitting = itertools.chain.from_iterable(_fitting(each, family) for each in wanted)
     return lowered(fitting, family)
 
 
-_CALLED = {_PREROUTING: "PREROUTING", _OUTPUT: "OUTPUT"}
+_CALLED = {_PREROUTING: "PREROUTING", _OUTPUT: "OUTPUT", _POSTROUTING: "POSTROUTING"}
 HOOKS = {
     (Table.MANGLE, "PREROUTING"): Hook.PREROUTING,
     (Table.MANGLE, "OUTPUT"): Hook.OUTPUT,
     (Table.NAT, "PREROUTING"): Hook.NAT_PREROUTING,
     (Table.NAT, "OUTPUT"): Hook.NAT_OUTPUT,
+    (Table.NAT, "POSTROUTING"): Hook.NAT_POSTROUTING,
     (Table.RAW, "PREROUTING"): Hook.RAW_PREROUTING,
     (Table.RAW, "OUTPUT"): Hook.RAW_OUTPUT,
 }
 
 
-def _called(chain: Chain) -> Chain:
+def _called(chain: Chain, matches: tuple[Match, ...]) -> Chain:
     """The kernel's own chain, of which one rule is ours."""
     name = _CALLED[chain.name]
-    return Chain(name, HOOKS[chain.table, name], (Rule((), Jump(chain.name)),), chain.table)
+    return Chain(name, HOOKS[chain.table, name], (Rule(matches, Jump(chain.name)),), chain.table)
 
 
 # The chains ---------------------------------------------------------------------------------------

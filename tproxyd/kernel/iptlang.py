@@ -22,6 +22,7 @@ from tproxyd.kernel.firewall import (
     InInterface,
     IpVersion,
     Jump,
+    KeepSource,
     MadeBy,
     Match,
     MeetsTransparentSocket,
@@ -167,6 +168,8 @@ def _target(action: Action) -> str:
             return f"-j CT --zone {zone}"
         case Divert():
             raise ValueError("two targets are two rules here")
+        case KeepSource():
+            raise ValueError("what is accepted keeps its source here")
         case _:
             assert_never(action)
 

@@ -10,6 +10,12 @@ Facts (nft 1.0.6, Linux 6.18):
   the last one that goes, whatever chains are left). An empty chain of nat is not enough: within a
   second the living connection was reset or silent. The table replaced in one transaction does no
   harm, nor does a time without it in which the connection is silent.
+- Our connection to an application on this host has a client's address, and leaves through lo. To
+  what masquerades this host's containers (Docker: their addresses, by any interface but their
+  bridge) it is one of theirs that goes to elsewhere, and the application sees the host. The kernel
+  asks the chains of nat one after another, accepted or not, until one has mapped the source: so
+  nft's maps it to itself, before others. iptables has one chain that all share, which accepting
+  ends; ours is first in it when it is made, and what is inserted there later comes before it.
 
 Pure.
 """
@@ -19,7 +25,11 @@ from __future__ import annotations
 from tproxyd.config import Config, Listener, Scope, Via
 from tproxyd.kernel.firewall import (
     ESTABLISHED,
+    Family,
     ForUs,
+    KeepSource,
+    Match,
+    OutInterface,
     PacketMark,
     Redirect,
     Rule,
@@ -77,6 +87,20 @@ def nat_output(config: Config, intercept: bool) -> tuple[Rule, ...]:
         NOT_NEW,
     )
     return (*bypasses, *_redirects(listeners))
+
+
+def upstream(config: Config) -> tuple[Match, ...]:
+    """Our connections to applications on this host, as they leave."""
+    return OutInterface("lo"), PacketMark(config.mark, mark_mask(config.mark))
+
+
+KEPT_SOURCE = (
+    "the application sees the client; without it, what masquerades containers takes it away"
+)
+
+
+def nat_postrouting(config: Config, families: tuple[Family, ...]) -> tuple[Rule, ...]:
+    return tuple(Rule(upstream(config), KeepSource(family), KEPT_SOURCE) for family in families)
 
 
 def _redirects(listeners: list[Listener]) -> list[Rule]:

@@ -40,7 +40,7 @@ LIBRARY = "libnftables.so.1"
 _INSTALL = "install it: apt install libnftables1 (or nftables)"
 _MODULES = (
     "nf_tables, nft_tproxy, nft_socket, nft_fib_inet, nft_reject_inet, nft_ct, nft_redir,"
-    " nft_chain_nat"
+    " nft_chain_nat, nft_nat"
 )
 
 _FAMILIES = {"inet": 1, "ip": 2, "ip6": 10}  # include/uapi/linux/netfilter.h, NFPROTO_*

@@ -28,6 +28,7 @@ from tproxyd.kernel.firewall import (
     InInterface,
     IpVersion,
     Jump,
+    KeepSource,
     MadeBy,
     Match,
     MeetsTransparentSocket,
@@ -119,7 +120,10 @@ def _rule(statements: list[object]) -> Rule | Unknown:
 
 def _without_implied(matches: list[Match], action: Action) -> tuple[Match, ...]:
     """Without what another part of the rule says already: nft versions differ in listing that."""
-    families = {match.family for match in matches if isinstance(match, SourceIn | DestinationIn)}
+    parts = (*matches, action)
+    families = {
+        part.family for part in parts if isinstance(part, SourceIn | DestinationIn | KeepSource)
+    }
     tcp = isinstance(action, Tproxy | Redirect) or any(isinstance(m, PortIn | Syn) for m in matches)
     kept: list[Match] = []
     for match in matches:
@@ -212,6 +216,10 @@ def _parse_action(statements: list[object]) -> Action:
             return Tproxy(4 if ip == "ip" else 6, port, mark)
         case [{"redirect": {"port": int(port), **more}}] if not more:
             return Redirect(port)
+        case [{"snat": {"family": "ip" | "ip6" as ip, "addr": {"payload": field}, **more}}] if (
+            not more and field == {"protocol": ip, "field": "saddr"}
+        ):
+            return KeepSource(4 if ip == "ip" else 6)
         case [{"mangle": {"key": {"meta": {"key": "mark"}}, "value": {"ct": {"key": "mark"}}}}]:
             return RestoreMark()
         case [{"mangle": {"key": {"ct": {"key": "mark"}}, "value": {"meta": {"key": "mark"}}}}]:

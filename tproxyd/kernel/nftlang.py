@@ -23,6 +23,7 @@ from tproxyd.kernel.firewall import (
     InInterface,
     IpVersion,
     Jump,
+    KeepSource,
     MadeBy,
     Match,
     MeetsTransparentSocket,
@@ -63,17 +64,18 @@ class Base(NamedTuple):
     priority: int
 
 
-# include/uapi/linux/netfilter_ipv4.h: NF_IP_PRI_RAW, _MANGLE, _NAT_DST. The kernel calls all chains
-# of nat at the last, whatever their own priority. Of ours it is written as a number: nft has a name
-# for it at the hook prerouting only.
-_RAW, _MANGLE, _NAT = -300, -150, -100
-_NAMES = {_MANGLE: "mangle", _NAT + 1: "dstnat + 1"}
+# include/uapi/linux/netfilter_ipv4.h: NF_IP_PRI_RAW, _MANGLE, _NAT_DST, _NAT_SRC. The kernel calls
+# all chains of nat at one of the last two, in the order of their own priorities. _NAT is written
+# as a number: nft has a name for it at the hook prerouting only.
+_RAW, _MANGLE, _NAT, _NAT_SRC = -300, -150, -100, 100
+_NAMES = {_MANGLE: "mangle", _NAT + 1: "dstnat + 1", _NAT_SRC - 1: "srcnat - 1"}
 BASES = {
     Hook.BEHIND_NAT: Base("filter", "prerouting", _NAT + 1),
     Hook.PREROUTING: Base("filter", "prerouting", _MANGLE),
     Hook.OUTPUT: Base("route", "output", _MANGLE),
     Hook.NAT_PREROUTING: Base("nat", "prerouting", _NAT),
     Hook.NAT_OUTPUT: Base("nat", "output", _NAT),
+    Hook.NAT_POSTROUTING: Base("nat", "postrouting", _NAT_SRC - 1),
     Hook.RAW_PREROUTING: Base("filter", "prerouting", _RAW),
     Hook.RAW_OUTPUT: Base("filter", "output", _RAW),
 }
@@ -197,6 +199,8 @@ def _action(action: Action) -> str:
             return f"meta l4proto tcp tproxy {_IP[family]} to :{port}{marked} accept"
         case Redirect(port):
             return f"redirect to :{port}"
+        case KeepSource(family):
+            return f"snat {_IP[family]} to {_IP[family]} saddr"
         case Divert(mark):
             return f"{_action(mark)} accept"
         case SetPacketMark(value, mask):

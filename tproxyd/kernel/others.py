@@ -16,6 +16,7 @@ here it would be foreign tables that are listed.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import socket
 import struct
 from collections.abc import Iterator, Sequence
@@ -123,7 +124,7 @@ def _family(host: str) -> int:
 _NETLINK_NETFILTER = 12
 _HEADER, _EVERY = 4, bytes(4)  # nfgenmsg, which begins with the family; of all of them
 _GETCHAIN, _GETRULE = 10 << 8 | 4, 10 << 8 | 7
-_CHAIN_TABLE, _CHAIN_NAME, _CHAIN_HOOK, _CHAIN_POLICY, _CHAIN_USE, _CHAIN_TYPE = 1, 3, 4, 5, 6, 7
+_CHAIN_TABLE, _CHAIN_NAME, _CHAIN_HOOK, _CHAIN_POLICY = 1, 3, 4, 5
 _RULE_TABLE, _RULE_CHAIN, _RULE_EXPRESSIONS = 1, 2, 4
 _HOOK_NUMBER = 1
 _EXPRESSION_NAME, _EXPRESSION_DATA = 1, 2
@@ -232,23 +233,88 @@ def _reached(base: _Key, chains: dict[_Key, _Chain]) -> set[_Key]:
     return reached
 
 
-def _text(value: bytes) -> str:
-    return value.rstrip(b"\0").decode(errors="replace")
-
-
 # Nat ----------------------------------------------------------------------------------------------
 
+# include/uapi/linux/netfilter/nf_tables.h: NFTA_META_KEY, NFT_META_OIFNAME, NFTA_CMP_OP and _DATA,
+# NFTA_DATA_VALUE, NFTA_NAT_TYPE; NFT_CMP_EQ and NFT_NAT_SNAT are 0.
+_META_KEY, _OIFNAME, _CMP_OP, _CMP_DATA, _DATA_VALUE, _NAT_TYPE = 2, 7, 2, 3, 1, 1
+_EQUAL = _SNAT = bytes(4)
+_LO = b"lo".ljust(16, b"\0")  # IFNAMSIZ
+_OF_SOURCES = ("MASQUERADE", "SNAT", "NETMAP")
+_OF_DESTINATIONS = ("DNAT", "REDIRECT")
+# By which Docker's resolver answers inside a container, and nothing else does.
+_OF_RESOLVER = ("DOCKER_OUTPUT", "DOCKER_POSTROUTING")
 
-def nat() -> tuple[str, ...]:
-    """The tables in which a chain of nat has rules: all but ours of nft."""
-    chains: Sequence[bytes] = ()
+
+class Nat(NamedTuple):
+    """A table in which others translate."""
+
+    table: str  # "ip nat"
+    on_lo: bool  # maybe the source of what leaves by lo
+
+
+def nat() -> tuple[Nat, ...]:
+    """Those that there are: all but ours."""
+    rules: Sequence[bytes] = ()
     with contextlib.suppress(OSError), contextlib.closing(Netlink(_NETLINK_NETFILTER)) as kernel:
-        chains = kernel.dump(_GETCHAIN, _EVERY)
-    found = set[str]()
-    for body in chains:
+        rules = kernel.dump(_GETRULE, _EVERY)
+    found: dict[str, bool] = {}
+    for body in rules:
         values = attributes(body, _HEADER)
-        key = (body[0], _text(values[_CHAIN_TABLE]), _text(values[_CHAIN_NAME]))
-        is_nat = _text(values.get(_CHAIN_TYPE, b"")) == "nat"
-        if is_nat and any(values[_CHAIN_USE]) and key[0] in _FAMILIES and not _is_ours(key):
-            found.add(f"{_FAMILIES[key[0]]} {key[1]}")
-    return (*sorted(found), *(["nat (legacy)"] if xtables.has_rules(Table.NAT) else []))
+        key = (body[0], _text(values[_RULE_TABLE]), _text(values[_RULE_CHAIN]))
+        if key[0] not in _FAMILIES or _is_ours(key) or key[2] in _OF_RESOLVER:
+            continue
+        expressions = list(_expressions(values.get(_RULE_EXPRESSIONS, b"")))
+        for target in filter(None, map(_translation, expressions)):
+            table = f"{_FAMILIES[key[0]]} {key[1]}"
+            found[table] = found.get(table, False) or (
+                target in _OF_SOURCES and _may_leave_by_lo(expressions)
+            )
+    families: tuple[Family, ...] = (4, 6)
+    for family in families:
+        for each in _legacy(family):
+            found["nat (legacy)"] = found.get("nat (legacy)", False) or (
+                each.name in _OF_SOURCES and each.on_lo
+            )
+    return tuple(Nat(*each) for each in sorted(found.items()))
+
+
+def _translation(expression: tuple[str, bytes]) -> str:
+    """What iptables calls it; "" where it is none."""
+    name, data = expression
+    match name:
+        case "nat":
+            return "SNAT" if attributes(data, 0)[_NAT_TYPE] == _SNAT else "DNAT"
+        case "masq":
+            return "MASQUERADE"
+        case "redir":
+            return "REDIRECT"
+        case "target":
+            target = _text(attributes(data, 0)[_TARGET_NAME])
+            return target if target in (*_OF_SOURCES, *_OF_DESTINATIONS) else ""
+    return ""
+
+
+def _may_leave_by_lo(expressions: list[tuple[str, bytes]]) -> bool:
+    """Unless the rule itself names another interface; the way to it is not followed."""
+    for (name, data), (then, compared) in itertools.pairwise(expressions):
+        key = attributes(data, 0).get(_META_KEY) if name == "meta" else None
+        if key == struct.pack(">I", _OIFNAME) and then == "cmp":
+            values = attributes(compared, 0)
+            is_lo = _LO.startswith(attributes(values[_CMP_DATA], 0)[_DATA_VALUE])
+            if is_lo is not (values[_CMP_OP] == _EQUAL):
+                return False
+    return True
+
+
+def _legacy(family: Family) -> Iterator[xtables.Target]:
+    if Table.NAT in xtables.names(family):
+        with contextlib.suppress(OSError):
+            for each in xtables.targets(family, Table.NAT):
+                ours = each.chain.startswith(PREFIX) or each.chain in _OF_RESOLVER
+                if not ours and each.name in (*_OF_SOURCES, *_OF_DESTINATIONS):
+                    yield each
+
+
+def _text(value: bytes) -> str:
+    return value.rstrip(b"\0").decode(errors="replace")

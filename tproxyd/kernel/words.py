@@ -16,6 +16,7 @@ from tproxyd.kernel.firewall import (
     InInterface,
     IpVersion,
     Jump,
+    KeepSource,
     MadeBy,
     Match,
     MeetsTransparentSocket,
@@ -128,6 +129,8 @@ def action_text(action: Action) -> str:
             return f"{action_text(mark)} and accept"
         case Redirect(port):
             return f"redirect to port {port}"
+        case KeepSource(family):
+            return f"keep the IPv{family} source from nat"
         case SetPacketMark(value, mask):
             return f"set mark {value:#x}/{mask:#x}"
         case SetConnMark(value, mask):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import struct
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from tproxyd import linux
@@ -31,13 +32,22 @@ _ENTRIES = struct.Struct("32s I 4x")
 
 
 class _Layout(NamedTuple):
-    """Of an entry: where the offset of the next stands, and the counters (two of 64 bits)."""
+    """Of an entry: where the interface stands that a packet leaves by, with its mask behind that of
+    the other; what is inverted; the offsets of the target and of the next; and the counters (two of
+    64 bits).
+    """
 
-    next_offset: int
+    out: int
+    inverted: int
+    offsets: int
     counters: int
 
 
-_LAYOUT: dict[Family, _Layout] = {4: _Layout(90, 96), 6: _Layout(142, 152)}
+_LAYOUT: dict[Family, _Layout] = {4: _Layout(32, 83, 88, 96), 6: _Layout(80, 132, 140, 152)}
+_NAME = 16  # IFNAMSIZ
+_INV_VIA_OUT = 0x02  # IPT_INV_VIA_OUT, IP6T_INV_VIA_OUT
+# sizeof(struct xt_entry_target). One called "ERROR" begins a chain, whose name stands behind it.
+_TARGET = 32
 _COUNTERS = bytes(16)
 
 
@@ -50,14 +60,13 @@ def names(family: Family) -> tuple[str, ...]:
         return ()
 
 
-def has_rules(table: str = "") -> bool:
-    """Whether a legacy table, the one of that name or any, has a rule or a chain, anybody's."""
+def has_rules() -> bool:
+    """Whether a legacy table has a rule or a chain, anybody's."""
     families: tuple[Family, ...] = (4, 6)
     return any(
         rules > 0
         for family in families
         for name in names(family)
-        if table in ("", name)
         for rules in _rule_counts(family, name)
     )
 
@@ -83,11 +92,45 @@ def content(family: Family, name: str) -> bytes:
             return _without_counters(answer[_ENTRIES.size :], family)
 
 
+class Target(NamedTuple):
+    """What a rule does."""
+
+    chain: str  # "" = one of the kernel's
+    name: str  # "" = a verdict, or another chain
+    on_lo: bool  # not only to what leaves by other interfaces
+
+
+def targets(family: Family, name: str) -> Iterator[Target]:
+    """Of all rules of a table, with its policies. Raises OSError."""
+    block, at, layout, chain = content(family, name), 0, _LAYOUT[family], ""
+    while at < len(block):
+        target_at, step = struct.unpack_from("2H", block, at + layout.offsets)
+        entry = block[at : at + step]
+        target = _text(entry[target_at + 2 :])  # struct xt_entry_target: its size, its name
+        if target == "ERROR":
+            chain = _text(entry[target_at + _TARGET :])
+        else:
+            yield Target(chain, target, _is_for_lo(entry, layout))
+        at += step
+
+
+def _is_for_lo(entry: bytes, layout: _Layout) -> bool:
+    wanted = entry[layout.out : layout.out + _NAME]
+    mask = entry[layout.out + 2 * _NAME : layout.out + 3 * _NAME]
+    lo = b"lo".ljust(_NAME, b"\0")
+    same = not any((a ^ b) & m for a, b, m in zip(wanted, lo, mask, strict=True))
+    return same is not bool(entry[layout.inverted] & _INV_VIA_OUT)
+
+
+def _text(value: bytes) -> str:
+    return value.partition(b"\0")[0].decode(errors="replace")
+
+
 def _without_counters(block: bytes, family: Family) -> bytes:
     quiet, at, layout = bytearray(block), 0, _LAYOUT[family]
     while at < len(quiet):
         quiet[at + layout.counters : at + layout.counters + 16] = _COUNTERS
-        (step,) = struct.unpack_from("H", quiet, at + layout.next_offset)
+        (step,) = struct.unpack_from("H", quiet, at + layout.offsets + 2)
         at += step
     return bytes(quiet)
 

@@ -66,16 +66,35 @@ BY_NAT = Listener("by-nat", port=1, intercept=Intercept(via=Via.REDIRECT))
         (Backend.IPTABLES_NFT, (Listener(),), "behind interception"),
         (Backend.IPTABLES_LEGACY, (KEEPS_PORT,), "behind interception"),
         (Backend.IPTABLES_NFT, (Listener(bind="*"),), ""),
-        (Backend.IPTABLES_NFT, (Listener(), BY_NAT), ""),  # the rules of nat may be ours
+        (Backend.IPTABLES_NFT, (Listener(), BY_NAT), "behind interception"),
+        (Backend.IPTABLES_NFT, (BY_NAT,), ""),
     ],
 )
 def test_nat_of_others(backend: Backend, listeners: tuple[Listener, ...], told: str) -> None:
     sick = replace(patient(*listeners), backend=backend)
     assert not list(state.nat(sick))
-    found = list(state.nat(replace(sick, nat=("ip nat",))))
+    found = list(state.nat(replace(sick, nat=(others.Nat("ip nat", False),))))
     assert [told in each.detail and "(ip nat)" in each.detail for each in found] == [True] * bool(
         told
     )
+
+
+@pytest.mark.parametrize(
+    ("path", "here", "on_lo", "told"),
+    [
+        (ReturnPath.ACCEPT_MARK, True, True, True),
+        (ReturnPath.CONNTRACK, True, True, False),
+        (ReturnPath.ACCEPT_MARK, False, True, False),
+        (ReturnPath.ACCEPT_MARK, True, False, False),
+    ],
+)
+def test_others_that_masquerade_our_connections(
+    path: ReturnPath, here: bool, on_lo: bool, told: bool
+) -> None:
+    nat = (others.Nat("ip docker", on_lo), others.Nat("ip nat", False))
+    sick = replace(patient(), return_path=path, dials_here=here, nat=nat)
+    found = list(state.nat(sick))
+    assert ["(ip docker)" in each.detail for each in found] == [True] * told
 
 
 # Commands -----------------------------------------------------------------------------------------

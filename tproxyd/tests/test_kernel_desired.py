@@ -99,6 +99,9 @@ def test_conntrack_on_a_host() -> None:
             IPv4 → tproxy IPv4 to port 15006 and accept, if a socket is there
             IPv6 → tproxy IPv6 to port 15006 and accept, if a socket is there
             SYN → reject with tcp reset
+        chain nat_postrouting at postrouting of nat:
+            out through lo, mark 0x539/0xfff → keep the IPv4 source from nat
+            out through lo, mark 0x539/0xfff → keep the IPv6 source from nat
         """
     )
 
@@ -217,7 +220,8 @@ def test_listeners_in_their_order_with_names_that_clash_with_nothing() -> None:
     ]
     state = desired(config(text), facts=HOST)
     names = [chain.name for chain in state.firewall if isinstance(chain, Chain)]
-    assert names == ["prerouting", "collided", "output", "take_output", "take_prerouting"]
+    assert names[:3] == ["prerouting", "collided", "output"]
+    assert names[3:] == ["take_output", "take_prerouting", "nat_postrouting"]
     assert "IPv4 → tproxy IPv4 to port 1002" in bare(state)
 
 

@@ -166,7 +166,7 @@ def test_the_lines_have_every_form() -> None:
     of_nft = {firewall.IpVersion, firewall.MeetsWildcardListener, firewall.Reply}
     assert matches == set(get_args(firewall.Match)) - of_nft
     actions = {type(meant.action) for _, meant in SAVED}
-    assert actions == set(get_args(firewall.Action)) - {firewall.Divert}
+    assert actions == set(get_args(firewall.Action)) - {firewall.Divert, firewall.KeepSource}
 
 
 @pytest.mark.parametrize(
@@ -452,6 +452,14 @@ def test_the_default_sidecar() -> None:
         f"{to} -p tcp {syn.replace('--tcp', '! --tcp')} -j RETURN",
         f"{to} -p tcp {syn} -m connmark --mark 0x539/0xfff -j DROP",
         f"{to} -p tcp -m multiport ! --dports 15020:15021,15090 -g TPROXYD_15006",
+        "COMMIT",
+        "*nat",
+        ":TPROXYD_POSTROUTING - [0:0]",
+        (
+            "-I POSTROUTING 1 -o lo -m mark --mark 0x539/0xfff -m comment --comment tproxyd"
+            " -j TPROXYD_POSTROUTING"
+        ),
+        "-A TPROXYD_POSTROUTING -j ACCEPT",
         "COMMIT",
     ]
 

@@ -89,6 +89,7 @@ DPORT = {"payload": {"protocol": "tcp", "field": "dport"}}
 FLAGS = {"payload": {"protocol": "tcp", "field": "flags"}}
 MARK = {"meta": {"key": "mark"}}
 CT_MARK = {"ct": {"key": "mark"}}
+SADDR = {"protocol": "ip", "field": "saddr"}
 WRITE = {"mangle": {"key": MARK, "value": 1}}
 
 
@@ -334,6 +335,10 @@ def test_marks_of_32_bits_have_no_mask() -> None:
         [{"mangle": {"key": MARK, "value": {"|": [{"&": [CT_MARK, 0]}, 1]}}}],
         [ACCEPT, {"drop": None}],
         [{"jump": {"target": 1}}],
+        [{"snat": {"family": "ip", "addr": "192.0.2.1"}}],
+        [{"snat": {"family": "ip", "addr": {"payload": {"protocol": "ip", "field": "daddr"}}}}],
+        [{"snat": {"family": "ip", "addr": {"payload": SADDR}, "port": 80}}],
+        [{"snat": {"family": "ip6", "addr": {"payload": SADDR}}}],
         ["nonsense"],
         [{"match": {"op": "==", "left": None, "right": None}}, ACCEPT],
     ],
@@ -343,7 +348,7 @@ def test_what_is_not_in_the_algebra_is_unknown(statements: list[object]) -> None
 
 
 # Of the istio scheme only; what nft makes of that is tested in namespaces.
-OF_ISTIO: set[object] = {firewall.OutInterface, firewall.Tcp, firewall.UdpPort}
+OF_ISTIO: set[object] = {firewall.Tcp, firewall.UdpPort}
 DONE_BY_ISTIO: set[object] = {
     *(firewall.SaveMark, firewall.RestoreMark, firewall.SetZone),
 }
