@@ -197,7 +197,7 @@ def test_rules_beside_ours(net: Topology, rule: str, verdict: str) -> None:
         told = [
             check
             for check in json.loads(tproxyd(net.pod, "doctor", "--json").stdout)
-            if check["name"] in ("clashes", "round trip IPv4") and check["verdict"] != "ok"
+            if check["name"] in ("clashes", "way home IPv4") and check["verdict"] != "ok"
         ]
         assert [check["verdict"] for check in told] == {
             "ok": [],
@@ -414,19 +414,22 @@ def test_iptables_drops_the_answers(net: Topology) -> None:
 
 @pytest.mark.parametrize("kind", ["unreachable default", "default via {client}"])
 def test_another_policy_rule_takes_the_answers(net: Topology, kind: str) -> None:
-    """Of those that come before ours the one that can be why is named."""
+    """It is named, with what to do; and that helps."""
     for version, family in (("-4", V4), ("-6", V6)):
         for line in (
             f"route add {kind.format(client=family.client)} table 200",
             "rule add priority 90 fwmark 0x77 lookup 200",
-            "rule add priority 91 iif p0 lookup 200",
             "rule add priority 100 lookup 200",
         ):
             net.pod.run("ip", version, *line.split())
     with Daemon(net.pod):
-        for each in ways_home(net):
-            assert each["detail"].endswith("; policy rules come before ours: 100 (lookup 200)")
-            assert "priority above 1337" in each["remedy"]
+        told = doctor(net)
+        assert told.keys() == {"clashes", "way home IPv4", "way home IPv6"}
+        assert "rule at priority 100 stands before ours" in told["clashes"]["detail"]
+        assert "priority above 1337" in told["clashes"]["remedy"]
+        for name in ("way home IPv4", "way home IPv6"):
+            assert "answers are routed" in told[name]["detail"]
+            assert told[name]["remedy"].startswith("see clashes, above; ")
         for version in ("-4", "-6"):  # as it says
             for line in ("rule del priority 100", "rule add priority 2000 lookup 200"):
                 net.pod.run("ip", version, *line.split())

@@ -91,7 +91,7 @@ def _name(pid: int) -> str:
 
 @pytest.mark.parametrize(
     ("capabilities", "missing"),
-    [("", "NET_RAW"), (",+net_raw", "NET_ADMIN"), (",+net_admin", "NET_RAW")],
+    [("", "NET_ADMIN"), (",+net_raw", "NET_ADMIN"), (",+net_admin", "NET_RAW")],
 )
 def test_without_a_proxy_no_application(net: Topology, capabilities: str, missing: str) -> None:
     before = net.pod.dump()

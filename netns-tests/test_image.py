@@ -127,7 +127,7 @@ def test_the_capability_that_is_missing_is_named(built: Image, net: Topology, mi
     with Container(built, net.pod, capabilities=left) as container:
         assert container.wait() == 3
         named = set(re.findall(r"CAP_(\w+)", container.stderr))
-        assert named == {missing or "NET_RAW"}
+        assert named == {missing or "NET_ADMIN"}
         assert "Traceback" not in container.stderr
     assert net.pod.dump() == before
 

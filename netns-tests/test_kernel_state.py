@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 from lib.netns import MARK_SYSCTLS, Namespace
+from lib.waits import wait_for
 
 from tproxyd.addr import Endpoint
 from tproxyd.config import (
@@ -84,6 +85,9 @@ def pod() -> Iterator[Namespace]:
             "link set eth1 up",
             "link set eth0 up",
         )
+        # Its IPv6 address has a route a moment after the link is up.
+        listing = ("ip", "-6", "route", "show", "table", "local")
+        wait_for(lambda: "local fd00:9:1::1 " in pod.run(*listing), "the address to be usable")
         yield pod
 
 

@@ -124,9 +124,11 @@ class Machine:
     def _leader(self) -> int:
         assert not self._gone(), "systemd-nspawn ended"
         # Until it has executed systemd it is a copy of systemd-nspawn, in other namespaces.
-        found = children(self.process.pid)
-        is_init = found and Path(f"/proc/{found[0]}/comm").read_text() == "systemd\n"
-        return found[0] if is_init else 0
+        with contextlib.suppress(IndexError, FileNotFoundError, ProcessLookupError):  # in between
+            found = children(self.process.pid)[0]
+            if Path(f"/proc/{found}/comm").read_text() == "systemd\n":
+                return found
+        return 0
 
     def _gone(self) -> bool:
         return self.process.poll() is not None

@@ -18,8 +18,7 @@ from tproxyd.flow.connect import Sockets
 from tproxyd.flow.listen import endpoint, has_ipv6
 from tproxyd.flow.policy import Plan
 from tproxyd.kernel import others
-from tproxyd.kernel.desired import PRIORITY
-from tproxyd.kernel.firewall import Family, mark_mask
+from tproxyd.kernel.firewall import Family
 from tproxyd.linux import CAP_NET_RAW, AddressKinds, capabilities
 
 _HERE_S = 1.0  # all of it stays on this host: tens of microseconds when it works
@@ -71,15 +70,8 @@ def _broken(patient: Patient, client: str, own: str) -> tuple[str, str]:
                 f"a default route is enough; look at: ip route get {client}",
             )
         if astray := others.astray(client, own, config.mark, config.table):
-            why = f"answers are routed {astray.how}, not by table {config.table}"
-            if not astray.rules:
-                return why, look
-            mark = f"{config.mark:#x}/{mark_mask(config.mark):#x}"
-            remedy = (
-                f"move those behind ours (priority above {PRIORITY}), or have them leave out our"
-                f" mark (not fwmark {mark}); look at: ip -{version} rule"
-            )
-            return f"{why}; policy rules come before ours: {', '.join(astray.rules)}", remedy
+            why = f"answers are routed {astray}, not by table {config.table}"
+            return why, f"see clashes, above; {look}" if patient.clashes else look
         if droppers := others.droppers(version):
             can = ", ".join(each.what for each in droppers)
             why = f"rules and routes are right, so a firewall drops it; these can: {can}"

@@ -4,8 +4,8 @@ translate them (`nat`).
 The first is looked for when an answer does not come home though everything of ours stands as it
 should:
 
-- policy rules before ours. Whether they matter is not guessed: the kernel is asked how it routes
-  such a packet (RTM_GETROUTE), and only then which rules can be why.
+- the route. The kernel is asked how it routes such a packet (RTM_GETROUTE); which policy rule of
+  others is why, clashes.py says.
 - base chains that can drop: by their policy, or by a rule that drops or rejects. Which one does,
   only a trace would show. What a map of verdicts drops is not seen.
 
@@ -17,56 +17,29 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import socket
 import struct
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from tproxyd.kernel import items, netlink, xtables
-from tproxyd.kernel.desired import PRIORITY
+from tproxyd.kernel import netlink, xtables
 from tproxyd.kernel.firewall import Family, Table
 from tproxyd.kernel.iptchains import PREFIX
-from tproxyd.kernel.netlink import RTM_GETRULE, Item, Netlink, attributes
+from tproxyd.kernel.netlink import Netlink, attributes
 from tproxyd.kernel.nftlang import MEANWHILE, TABLE
 
-# Policy rules before ours ------------------------------------------------------------------------
-
-# include/uapi/linux/fib_rules.h
-_RULE_SRC, _RULE_IIF, _RULE_OIF = 2, 3, 17
-_INVERT = 0x2
-_ACTIONS = {2: "goto", 3: "nop", 6: "blackhole", 7: "unreachable", 8: "prohibit"}
-_TABLE_LOCAL = 255  # include/uapi/linux/rtnetlink.h
+# Routes ------------------------------------------------------------------------------------------
 
 
-class Astray(NamedTuple):
-    """Answers that our table does not route."""
-
-    how: str  # "by table 200"
-    rules: tuple[str, ...]  # which come before ours and can be why: "100 (lookup 200)"
-
-
-def astray(client: str, own: str, mark: int, table: int) -> Astray | None:
-    """How a packet with our mark from `own` to `client` is routed, if not by our table.
+def astray(client: str, own: str, mark: int, table: int) -> str:
+    """How a packet with our mark from `own` to `client` is routed, in words; "": by our table.
 
     Raises OSError.
     """
     with contextlib.closing(Netlink()) as kernel:
         by = _routed(kernel, client, own, mark)
-        if by == table:
-            return None
-        found = [
-            item
-            for item in kernel.list(RTM_GETRULE, _family(client))
-            if (item.number(netlink.PRIORITY) or 0) < PRIORITY
-            and _may_match(item, client, own, mark)
-        ]
-    if isinstance(by, int):
-        how = f"by table {by}"
-        found = [item for item in found if _goes_to(item) == by]
-    else:
-        how = f"nowhere ({by})"
-        found = [item for item in found if _goes_to(item) != _TABLE_LOCAL]
-    return Astray(how, tuple(map(_words, found)))
+    if by == table:
+        return ""
+    return f"by table {by}" if isinstance(by, int) else f"nowhere ({by})"
 
 
 def has_route(client: str, own: str) -> bool:
@@ -81,41 +54,6 @@ def _routed(kernel: Netlink, client: str, own: str, mark: int) -> int | str:
         return kernel.routed_by(client, own, mark)
     except OSError as error:
         return error.strerror or str(error)
-
-
-def _may_match(rule: Item, client: str, own: str, mark: int) -> bool:
-    """Not where its selector leaves our answers out; where it has a selector unknown here, yes."""
-    value, iif = rule.number(netlink.RULE_MARK), rule.attributes.get(_RULE_IIF, b"lo\0")
-    fits = (
-        (value is None or not (mark ^ value) & items.mask_of(rule))
-        and _within(client, rule.attributes.get(netlink.DST, b""), rule.dst_len)
-        and _within(own, rule.attributes.get(_RULE_SRC, b""), rule.src_len)
-        and iif == b"lo\0"  # what this host sends itself
-        and _RULE_OIF not in rule.attributes
-    )
-    return fits != bool(rule.flags & _INVERT)
-
-
-def _within(host: str, network: bytes, length: int) -> bool:
-    differing = _number(socket.inet_pton(_family(host), host)) ^ _number(network)
-    return not length or not differing >> (8 * len(network) - length)
-
-
-def _number(address: bytes) -> int:
-    return int.from_bytes(address, "big")
-
-
-def _goes_to(rule: Item) -> int:
-    return rule.number(netlink.TABLE) or rule.table
-
-
-def _words(rule: Item) -> str:
-    what = _ACTIONS.get(rule.action, f"lookup {_goes_to(rule)}")
-    return f"{rule.number(netlink.PRIORITY) or 0} ({what})"
-
-
-def _family(host: str) -> int:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 # Base chains that can drop -----------------------------------------------------------------------
@@ -192,7 +130,7 @@ def _is_ours(key: _Key) -> bool:
 
 
 def _hook_number(value: bytes) -> int | None:
-    return _number(attributes(value, 0)[_HOOK_NUMBER]) if value else None
+    return int.from_bytes(attributes(value, 0)[_HOOK_NUMBER], "big") if value else None
 
 
 def _chains(rules: Sequence[bytes]) -> dict[_Key, _Chain]:

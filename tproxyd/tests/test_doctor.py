@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import struct
 from dataclasses import replace
 
 import pytest
@@ -22,7 +21,7 @@ from tproxyd.config import (
 from tproxyd.configsource import command_line
 from tproxyd.doctor import Check, Verdict, state
 from tproxyd.doctor.check import Patient
-from tproxyd.kernel import netlink, others
+from tproxyd.kernel import others
 from tproxyd.kernel.listening import listening
 from tproxyd.linux import IP_TRANSPARENT
 
@@ -172,57 +171,3 @@ def test_what_need_not_be_transparent() -> None:
     gateway = Listener(port=8000, bind="*")
     checks = state.listeners(patient(by_nat, gateway, who={15001: (False,), 8000: (False,)}))
     assert [check.verdict for check in checks] == [Verdict.OK, Verdict.OK]
-
-
-# Policy rules of others -------------------------------------------------------------------------
-
-OWN = {4: "10.9.1.1", 6: "fd00:9:1::1"}
-CLIENT = {4: "192.0.2.1", 6: "2001:db8::1"}
-
-
-def policy_rule(
-    family: int, *, dst: str = "", src: str = "", flags: int = 0, **more: bytes
-) -> bytes:
-    """fib_rule_hdr and its attributes; `dst` and `src` are prefixes."""
-    prefixes = [each.split("/") for each in (dst or "/0", src or "/0")]
-    lengths = [int(length) for _, length in prefixes]
-    body = struct.pack("=8BI", family, *lengths, 0, 200, 0, 0, 1, flags)
-    for number, (host, length) in zip((1, 2), prefixes, strict=True):
-        if int(length):
-            body += netlink.attribute(number, socket.inet_pton(family, host))
-    for name, value in more.items():
-        body += netlink.attribute({"iif": 3, "oif": 17, "mark": 10, "mask": 16}[name], value)
-    return body
-
-
-def _u32(number: int) -> bytes:
-    return struct.pack("=I", number)
-
-
-INVERT = 2
-
-
-@pytest.mark.parametrize(
-    ("rule", "may"),
-    [
-        (policy_rule(socket.AF_INET), True),
-        (policy_rule(socket.AF_INET, flags=INVERT), False),
-        (policy_rule(socket.AF_INET, dst="192.0.2.0/24"), True),
-        (policy_rule(socket.AF_INET, dst="192.0.3.0/24"), False),
-        (policy_rule(socket.AF_INET, dst="192.0.2.0/31", src="10.0.0.0/8"), True),
-        (policy_rule(socket.AF_INET, src="10.9.1.2/32"), False),
-        (policy_rule(socket.AF_INET, mark=_u32(0x539), mask=_u32(0xFFF)), True),
-        (policy_rule(socket.AF_INET, mark=_u32(0x1), mask=_u32(0xF)), False),
-        (policy_rule(socket.AF_INET, mark=_u32(0x539), flags=INVERT), False),
-        (policy_rule(socket.AF_INET, mark=_u32(0x77), flags=INVERT), True),
-        (policy_rule(socket.AF_INET, iif=b"eth0\0"), False),
-        (policy_rule(socket.AF_INET, iif=b"lo\0"), True),
-        (policy_rule(socket.AF_INET, oif=b"eth0\0"), False),
-        (policy_rule(socket.AF_INET6, dst="2001:db8::/33", src="fd00::/8"), True),
-        (policy_rule(socket.AF_INET6, dst="2001:db8:8000::/33"), False),
-    ],
-)
-def test_a_rule_that_may_take_our_answers(rule: bytes, may: bool) -> None:
-    item = netlink.item(rule)
-    version = 6 if item.family == socket.AF_INET6 else 4
-    assert others._may_match(item, CLIENT[version], OWN[version], 0x539) is may
