@@ -238,6 +238,9 @@ class Inheritance:
             if name == NAME:
                 self.predecessor = Channel(sock)
             elif name == ADMIN:
+                # It is so already; but a copy of what Python takes for blocking is made blocking,
+                # and with it the one that the predecessor accepts from.
+                sock.setblocking(False)
                 self.admin = sock
             elif sock.type == socket.SOCK_STREAM and sock.family != socket.AF_UNIX:
                 sock.setblocking(False)

@@ -493,3 +493,15 @@ def test_what_is_no_socket_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("LISTEN_FDS", "3")
     assert systemd.inherited() == []
     assert "LISTEN_FDS" not in os.environ
+
+
+def test_a_copy_of_the_admin_socket_blocks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether accept waits is a property of the open file, which the predecessor has, too."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.setblocking(False)
+        given = socket.socket(fileno=os.dup(listening.fileno()))
+        monkeypatch.setattr(systemd, "inherited", lambda: [(upgrading.ADMIN, given)])
+        admin = upgrading.Inheritance().admin
+        assert admin is not None
+        with admin, admin.dup():
+            assert not os.get_blocking(listening.fileno())
