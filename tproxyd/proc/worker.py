@@ -251,6 +251,7 @@ class Worker(Sockets, Counting):
         """End what is still open."""
         self._doors.give_up()
         self.engine.cut(CloseReason.DRAIN_TIMEOUT, why)
+        self._leave_if_done()  # where there was nothing to end
 
     # World: what connections ask for -------------------------------------------------------------
 

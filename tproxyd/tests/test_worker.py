@@ -452,39 +452,6 @@ def test_as_many_connections_as_there_are_files_for() -> None:
         assert it.drain() == 0
 
 
-def test_a_stop_serves_what_waits_for_a_place() -> None:
-    """Three in the queue, and the two that are open end one after the other: nobody is reset."""
-    listening = 2 if listen.has_ipv6() else 1
-    with running(config(proxy_protocol=SILENT), before=open_files(68 + listening)) as it:
-        it.ready()
-        far = [it.connect() for _ in range(5)]
-        it.until(ACCEPT_PAUSES, value=1)
-        it.until(ACTIVE, "inbound", value=2)
-        it.control.send(b"drain\n")
-        for each in far:
-            each.send(b"GET /")
-            refused(each)
-        assert it.exit_code() == 0
-        assert it.count(CONNECTIONS, "inbound", "header_missing") == 5
-        with pytest.raises(ConnectionRefusedError):
-            it.connect()
-
-
-def test_a_stop_resets_what_still_waits_when_its_time_is_up() -> None:
-    listening = 2 if listen.has_ipv6() else 1
-    short = replace(config(proxy_protocol=SILENT), drain_timeout_s=0.2)
-    with running(short, before=open_files(68 + listening)) as it:
-        it.ready()
-        far = [it.connect() for _ in range(5)]
-        it.until(ACCEPT_PAUSES, value=1)
-        it.until(ACTIVE, "inbound", value=2)
-        it.control.send(b"drain\n")
-        for each in far:
-            refused(each)
-        assert it.exit_code() == 0
-        assert it.count(CONNECTIONS, "inbound", "drain_timeout") == 2
-
-
 def test_it_tells_the_supervisor_that_it_accepts_and_when_it_is_full() -> None:
     listening = 2 if listen.has_ipv6() else 1
     with running(config(proxy_protocol=SILENT), before=open_files(68 + listening)) as it:
